@@ -1,0 +1,1 @@
+"""Decoding: one loop, many drafters. See `loop.generate`."""

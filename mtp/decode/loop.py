@@ -1,0 +1,247 @@
+"""The one decoding loop: propose, read, decide, emit; rows that end make room for the next request.
+
+A step feeds each row its pending token and the guesses after it, in one pass of the target. The
+loop owns the cache of the layers that the next token needs; a drafter owns the rest. Rows of
+different lengths share a pass: each writes to its own slots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp.decode.contract import Completion, Draft, Drafter, NoDraft, Request, Rule, State, chain
+from mtp.decode.sampling import RULES, Sampling
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    requests: Sequence[Request],
+    drafter: Drafter | None = None,
+    sampling: Sampling | None = None,
+    *,
+    batch_size: int = 8,
+    rule: str = "match",
+) -> list[Completion]:
+    """Continue every request; completions come back in the order of the requests.
+
+    With rule="match" the text is the one that decoding without a drafter gives, token for token,
+    whatever the drafter, batch size and order (fp32 and fp64; in bf16 up to near-ties). ValueError:
+    a prompt that is empty, not in the vocabulary or too long for the context, an unknown rule, or
+    caches that do not fit in memory.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is unknown: allowed are {', '.join(RULES)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for i, request in enumerate(requests):
+        _check(model, i, request)
+    if not requests:
+        return []
+    loop = _Loop(
+        model,
+        requests,
+        drafter or NoDraft(),
+        RULES[rule](sampling or Sampling()),
+        min(batch_size, len(requests)),
+    )
+    while loop.fill():
+        loop.step()
+    return loop.completions
+
+
+def _check(model: Any, i: int, request: Request) -> None:
+    prompt, new = request.prompt, request.max_new_tokens
+    if len(prompt) < 1:
+        raise ValueError(
+            f"request {i} has an empty prompt: give at least one token, "
+            f"the end token of another document for instance"
+        )
+    if new < 1:
+        raise ValueError(f"request {i} has max_new_tokens={new}: it must be at least 1")
+    if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+        raise ValueError(f"request {i} has token ids outside 0..{model.config.vocab_size - 1}")
+    if len(prompt) + new > model.config.max_seq_len:
+        raise ValueError(
+            f"request {i} needs {len(prompt)} prompt tokens + {new} new ones, but the context "
+            f"max_seq_len is {model.config.max_seq_len}: shorten the prompt or lower max_new_tokens"
+        )
+
+
+class _Loop:
+    def __init__(
+        self, model: Any, requests: Sequence[Request], drafter: Drafter, rule: Rule, rows: int
+    ) -> None:
+        self.model, self.requests, self.drafter, self.rule = model, requests, drafter, rule
+        self.completions = [Completion() for _ in requests]
+        self.waiting = list(range(len(requests)))[::-1]
+        self.owner: list[int | None] = [None] * rows
+        self.prompt_end: list[Tensor | None] = [None] * rows
+        overhang = (
+            model.config.n_future_tokens + drafter.depth
+        )  # drafts may reach past the end of the longest text
+        self.slots = max(len(r.prompt) + r.max_new_tokens for r in requests) + overhang
+        _require_memory(model, rows, self.slots, drafter.needs_memo)
+        drafter.begin(model, rows, self.slots)
+        self.cache = model.new_cache(model.next_layers, rows, self.slots)
+        device = self.cache.k.device
+        text = torch.zeros(rows, self.slots, dtype=torch.long, device=device)
+        self.pending = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.state = State(
+            text, [1] * rows, torch.zeros(rows, dtype=torch.long, device=device), None, self._draw
+        )
+
+    def _draw(self, logits: Tensor) -> Draft:
+        return self.rule.draw(logits, self.state.seed, self._following())
+
+    def _following(self) -> list[int]:
+        """Position of the first token that is not decided yet, per row."""
+        return [n + 1 for n in self.state.length]
+
+    def fill(self) -> bool:
+        """Give free rows to waiting requests; False when no row is busy."""
+        for row in range(len(self.owner)):
+            while self.waiting and self.owner[row] is None:
+                self._admit(row, self.waiting.pop())
+            if self.owner[row] is None:
+                self.state.length[row] = 1  # an idle row spins in place
+        return any(owner is not None for owner in self.owner)
+
+    def _admit(self, row: int, i: int) -> None:
+        """Read the prompt in this row alone, or copy it from a row that holds the same one, and
+        choose the first new token.
+        """
+        state, request = self.state, self.requests[i]
+        length = len(request.prompt)
+        source = next(
+            (
+                r
+                for r, o in enumerate(self.owner)
+                if o is not None and self.requests[o].prompt == request.prompt
+            ),
+            None,
+        )
+        self.owner[row], state.length[row], state.seed[row] = i, length, request.seed
+        if source is None:
+            self._read_prompt(row, torch.tensor([list(request.prompt)], device=state.text.device))
+        else:
+            self._copy_prompt(source, row, length)
+        self.drafter.admit(state, row, source)
+        logits = self.model.logits(self.prompt_end[row])
+        first = self.rule(
+            logits, Draft(state.text[:1, :0]), state.seed[row : row + 1], [length]
+        ).next
+        self.pending[row] = first
+        self._write_pending()
+        self._emit(row, first.tolist(), 0)
+
+    def _read_prompt(self, row: int, prompt: Tensor) -> None:
+        layout = chain(row, [0], prompt.shape[1], self.slots, self.cache.k)
+        latent, memo = self.model.read(prompt, layout, self.cache)
+        self.state.text[row, : prompt.shape[1]] = prompt[0]
+        self.prompt_end[row] = latent[:, -1:]
+        self._keep(layout.where, memo)
+
+    def _copy_prompt(self, source: int, row: int, length: int) -> None:
+        self.cache.copy(source, row, length)
+        self.prompt_end[row] = self.prompt_end[source]
+        for x in (self.state.text, self.state.memo):
+            if x is not None:
+                x[row, :length] = x[source, :length]
+
+    def _keep(self, index: Tensor, memo: Tensor) -> None:
+        if self.drafter.needs_memo:
+            if self.state.memo is None:
+                self.state.memo = memo.new_zeros(*self.state.text.shape, memo.shape[-1])
+            self.state.memo.flatten(0, 1).index_copy_(0, index, memo.flatten(0, 1))
+
+    def _write_pending(self) -> None:
+        at = chain(0, self.state.length, 1, self.slots, self.cache.k).where
+        self.state.text.flatten().index_copy_(0, at, self.pending.flatten())
+
+    def step(self) -> None:
+        state = self.state
+        k = min(self.drafter.depth, max(map(self._room, range(len(self.owner)))) - 1)
+        draft = self.drafter.propose(state, k) if k > 0 else Draft(state.text[:, :0])
+        feed = torch.cat([self.pending, draft.tokens.clamp(min=0)], 1) if k > 0 else self.pending
+        layout = chain(0, state.length, feed.shape[1], self.slots, self.cache.k)
+        latent, memo = self.model.read(feed, layout, self.cache)
+        verdict = self.rule(self.model.logits(latent), draft, state.seed, self._following())
+        self._keep(layout.where, memo)
+        state.text.flatten().index_copy_(0, layout.where, feed.flatten())
+        self.pending = verdict.next[:, None]
+        result = torch.cat([draft.tokens, verdict.accepted[:, None], self.pending], 1).tolist()
+        for row, (*guesses, accepted, following) in enumerate(result):
+            if self.owner[row] is not None:
+                state.length[row] += accepted + 1
+                self._count(row, len(guesses), accepted)
+                self._emit(row, [*guesses[:accepted], following], accepted)
+        self._write_pending()
+
+    def _room(self, row: int) -> int:
+        """New tokens that the row's request still takes."""
+        owner = self.owner[row]
+        return (
+            0
+            if owner is None
+            else self.requests[owner].max_new_tokens - len(self.completions[owner].tokens)
+        )
+
+    def _count(self, row: int, k: int, accepted: int) -> None:
+        completion = self.completions[self.owner[row]]  # type: ignore[index]
+        completion.steps += 1
+        completion.drafted += [0] * (k - len(completion.drafted))
+        completion.accepted += [0] * (k - len(completion.accepted))
+        for depth in range(k):
+            completion.drafted[depth] += 1
+            completion.accepted[depth] += depth < accepted
+
+    def _emit(self, row: int, tokens: list[int], accepted: int) -> None:
+        """Append what a step decided, cut at the request's end; an ended request leaves its row."""
+        owner = self.owner[row]
+        assert owner is not None
+        request, completion = self.requests[owner], self.completions[owner]
+        for depth, token in enumerate(tokens):
+            completion.tokens.append(token)
+            completion.heads.append(depth + 2 if depth < accepted else 1)
+            if len(completion.tokens) == request.max_new_tokens or (
+                request.stop and request.stop(completion.tokens)
+            ):
+                self.owner[row] = None
+                return
+
+
+def _require_memory(model: Any, rows: int, slots: int, memo: bool) -> None:
+    """Say that caches do not fit before they are allocated."""
+    needed, free = (
+        cache_bytes(model, rows, slots, memo),
+        _free_memory(model.embedding.weight.device),
+    )
+    if free is not None and needed > free:
+        raise ValueError(
+            f"caches for batch_size={rows} and {slots} slots need {needed / 2**30:.2f} GiB, "
+            f"but {free / 2**30:.2f} GiB are free: "
+            f"lower batch_size or max_new_tokens"
+        )
+
+
+def cache_bytes(model: Any, rows: int, slots: int, memo: bool = True) -> int:
+    """Bytes that keys, values and (where heads draft) their own cache and memo take."""
+    config = model.config
+    layers = model.next_layers + (model.rest_layers if memo else 0)
+    per_slot = 2 * layers * config.kv_heads * config.head_dim + (model.memo_dim if memo else 0)
+    return rows * slots * per_slot * model.embedding.weight.element_size()
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system counts its free pages
+        return None

@@ -1,0 +1,152 @@
+"""How tokens are chosen, and the rules that decide which guesses stand.
+
+Noise is a hash of (request seed, absolute position, purpose), never a stream: whoever asks for the
+noise of a place gets the same, whatever was drafted, batched or rejected before. Under `match` a
+guess therefore stands iff it *is* the target's own token, and the text equals autoregressive text
+token for token, sampled text too. `exact` is the token-level rejection of speculative sampling
+(Leviathan et al. 2023, theorem 1): same law, other text, and more acceptance when the draft's law
+is close but not equal.
+
+Letters: B rows, K guesses, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp.decode.contract import Draft, Rule, Verdict
+
+TARGET, GUESS, ACCEPT = 0, 1, 2  # purposes of noise: one independent stream each
+
+
+def uniform(seed: Tensor, first: Sequence[int], count: int, width: int, purpose: int) -> Tensor:
+    """Numbers in (0, 1), (B, count, width), for the positions first[b] .. first[b] + count - 1."""
+    device = seed.device
+    positions = torch.tensor(first, device=device)[:, None] + torch.arange(count, device=device)
+    x = (
+        seed[:, None] * 0x2545F4914F6CDD1D
+        + positions * 0x9E3779B97F4A7C1
+        + purpose * 0x3C6EF372FE94F82B
+    )
+    x = _mix(x)[:, :, None] + torch.arange(width, device=device) * 0x632BE59BD9B4E019
+    return (((_mix(x) >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Spread every bit over all 64 (multiplications wrap, shifts are logical)."""
+    for multiplier in (0x7F51AFD7ED558CCD, 0x44CEB9FE1A85EC53):
+        x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * multiplier
+    return x ^ ((x >> 33) & 0x7FFFFFFF)
+
+
+@dataclass
+class Sampling:
+    """temperature 0 is greedy. top_k and top_p cut the law after the temperature, top_k first; 0
+    and 1 switch them off.
+
+    Ties at the k-th logit all stay. top_p keeps the smallest set of most likely tokens whose mass
+    reaches it. All in fp64.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 keeps all)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+
+    def warp(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) -> fp64 logits of the law that is sampled from, -inf where cut."""
+        logits = logits.double() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(
+                logits < logits.topk(self.top_k, -1).values[..., -1:], -math.inf
+            )
+        if self.top_p < 1:
+            ordered, order = logits.sort(-1, descending=True)
+            mass = ordered.softmax(-1)
+            cut = (mass.cumsum(-1) - mass >= self.top_p).scatter(
+                -1, order, mass.cumsum(-1) - mass >= self.top_p
+            )
+            logits = logits.masked_fill(cut, -math.inf)
+        return logits
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The law itself (..., V), fp64; one-hot when greedy: no rule needs a second path."""
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+        return self.warp(logits).softmax(-1)
+
+    def choose(
+        self, logits: Tensor, seed: Tensor, first: Sequence[int], purpose: int = TARGET
+    ) -> Tensor:
+        """logits (B, K, V) -> tokens (B, K) under the noise of the positions first .. first + K - 1
+        (Gumbel-max).
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        noise = uniform(seed, first, logits.shape[1], logits.shape[2], purpose)
+        return (self.warp(logits) - (-noise.log()).log()).argmax(-1)
+
+
+class Match:
+    """A guess stands iff it is the token that the target itself chooses under the same noise."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def draw(self, logits: Tensor, seed: Tensor, first: Sequence[int]) -> Draft:
+        return Draft(self.sampling.choose(logits, seed, first))
+
+    def __call__(self, logits: Tensor, draft: Draft, seed: Tensor, first: Sequence[int]) -> Verdict:
+        choice = self.sampling.choose(logits, seed, first)
+        accepted = (choice[:, :-1] == draft.tokens).long().cumprod(1).sum(1)
+        return Verdict(accepted, choice.gather(1, accepted[:, None])[:, 0])
+
+
+class Exact:
+    """Token-level rejection: a guess x ~ q stands with probability min(1, p(x)/q(x)), else the next
+    token ~ (p - q)+.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def draw(self, logits: Tensor, seed: Tensor, first: Sequence[int]) -> Draft:
+        return Draft(self.sampling.choose(logits, seed, first, GUESS), self.sampling.probs(logits))
+
+    def __call__(self, logits: Tensor, draft: Draft, seed: Tensor, first: Sequence[int]) -> Verdict:
+        p, tokens = self.sampling.probs(logits), draft.tokens
+        offered = tokens >= 0
+        q = (
+            draft.probs
+            if draft.probs is not None
+            else F.one_hot(tokens.clamp(min=0), p.shape[-1]).double()
+        )
+        q = q * offered[..., None]
+        at = tokens.clamp(min=0)[..., None]
+        u = uniform(seed, first, tokens.shape[1], 1, ACCEPT)
+        stands = (u * q.gather(-1, at) < p[:, :-1].gather(-1, at)).squeeze(-1) & offered
+        accepted = stands.long().cumprod(1).sum(1)
+        row = torch.arange(len(tokens), device=tokens.device)
+        beyond = torch.cat(
+            [q, torch.zeros_like(p[:, :1])], 1
+        )  # nothing was guessed after the last guess: the residual is p
+        residual = (p[row, accepted] - beyond[row, accepted]).clamp(min=0)
+        where = torch.tensor(first, device=tokens.device) + accepted
+        noise = uniform(seed, where.tolist(), 1, p.shape[-1], TARGET)[:, 0]
+        return Verdict(accepted, (residual.log() - (-noise.log()).log()).argmax(-1))
+
+
+RULES: dict[str, Callable[[Sampling], Rule]] = {"match": Match, "exact": Exact}

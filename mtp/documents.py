@@ -1,0 +1,298 @@
+"""Where documents come from, which text of them is a target, and which are held out.
+
+Completions and chats train on their answers only: `Document` says which text is a target. A chat
+has one header line per message, "<|user|>\\nHi\\n<|assistant|>\\nHello"; targets are what an
+assistant says and, where one speaks last, the end token.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+
+@dataclass
+class DataConfig:
+    """Where documents come from, which are held out, and how they are cut into rows.
+
+    Held out are the documents of `val_path` or `val_split` where given, else the top-level packages
+    or files that `holdout` lists, else a share `val_fraction` chosen by a hash of the text.
+    """
+
+    source: str = "stdlib"  # a key of SOURCES
+    path: str | None = None  # file or folder; for `datasets` a folder or a name on the hub
+    pattern: str | None = None  # which files of a folder, such as "*.py"
+    text_key: str | None = "text"
+    prompt_key: str | None = "prompt"
+    completion_key: str | None = "completion"
+    messages_key: str | None = "messages"
+    name: str | None = None  # `datasets`: the configuration
+    split: str = "train"
+    streaming: bool = False
+    val_path: str | None = None
+    val_split: str | None = None
+    val_fraction: float = 0.01
+    holdout: list[str] = field(default_factory=list)
+    seq_len: int = 256
+    tokenizer: str = "bytes"  # what `load_tokenizer` takes
+    seed: int = 0  # of the order of rows
+
+    def __post_init__(self) -> None:
+        of_files = self.source in ("text", "folder", "stdlib")
+        separate = bool(self.val_path or self.val_split)
+        for wrong, message in (
+            (self.source not in SOURCES, f"source={self.source!r}: allowed: {', '.join(SOURCES)}"),
+            (self.source != "stdlib" and not self.path, f"path: source={self.source!r} needs one"),
+            (self.source == "stdlib" and self.path, "path: source='stdlib' finds its own"),
+            (self.source == "folder" and not self.pattern, "pattern: source='folder' needs one"),
+            (
+                self.val_path and self.source in ("stdlib", "shards"),
+                "val_path: not for this source",
+            ),
+            (self.source != "datasets" and self.val_split, "val_split: for source='datasets' only"),
+            (self.source != "datasets" and self.streaming, "streaming: for source='datasets' only"),
+            (self.streaming and not separate, "streaming: needs val_split or val_path"),
+            (self.holdout and not of_files, "holdout: for source text, folder or stdlib only"),
+            (self.holdout and separate, "holdout: not together with val_path"),
+            (not 0 <= self.val_fraction < 1, f"val_fraction={self.val_fraction}: allowed: [0, 1)"),
+            (self.seq_len < 1, f"seq_len={self.seq_len}: must be at least 1"),
+            (self.seed < 0, f"seed={self.seed}: must be at least 0"),
+        ):
+            if wrong:
+                raise ValueError(f"data.{message}")
+
+
+class Document(NamedTuple):
+    """Segments of text, each with whether it is a target, tokenised one by one."""
+
+    segments: tuple[tuple[str, bool], ...]
+    name: str = ""  # the file's path below its folder
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.segments)
+
+
+# Sources: one word, one function from a config to documents in a fixed order.
+
+
+def _text(config: DataConfig) -> Iterator[Document]:
+    root = Path(str(config.path))
+    for file in _files(config, "*.txt"):
+        name = str(file.relative_to(root)) if file != root else file.name
+        yield Document(((_decode(file.read_bytes(), file), True),), name)
+
+
+def _stdlib(config: DataConfig) -> Iterator[Document]:
+    """The Python standard library's own source, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in _find(root, config.pattern or "*.py"):
+        name = file.relative_to(root)
+        # What the build generated differs between machines of the same Python.
+        generated = name.parts[0].startswith(("_sysconfigdata", "config-"))
+        if generated or {"test", "tests", "idle_test"}.intersection(name.parts):
+            continue
+        try:
+            yield Document(((file.read_bytes().decode("utf-8"), True),), str(name))
+        except UnicodeDecodeError:
+            continue
+
+
+def _jsonl(config: DataConfig) -> Iterator[Document]:
+    for file in _files(config, "*.jsonl"):
+        offset = 0
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{file}, line {number}"
+                text = _decode(line, file, offset)
+                offset += len(line)
+                if text.strip():
+                    yield _record(_parse(text, where), config, where)
+
+
+def _parquet(config: DataConfig) -> Iterator[Document]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise _missing("parquet") from error
+    for file in _files(config, "*.parquet"):
+        table = parquet.ParquetFile(file)
+        columns = [key for key in table.schema_arrow.names if key in _keys(config)]
+        for group in table.iter_batches(columns=columns):
+            for record in group.to_pylist():
+                yield _record(record, config, str(file))
+
+
+def _datasets(config: DataConfig) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise _missing("datasets") from error
+    records = load_dataset(config.path, config.name, split=config.split, streaming=config.streaming)
+    for record in records:
+        yield _record(record, config, f"{config.path}, split {config.split}")
+
+
+def _shards(config: DataConfig) -> Iterator[Document]:
+    raise ValueError(f"data.source='shards': {config.path} holds token ids, no documents")
+
+
+SOURCES: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
+    "text": _text,
+    "folder": _text,
+    "stdlib": _stdlib,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "datasets": _datasets,
+    "shards": _shards,
+}
+
+
+def _missing(source: str) -> ImportError:
+    return ImportError(f'data.source={source!r} needs: pip install "multi-token-prediction[data]"')
+
+
+def _files(config: DataConfig, pattern: str) -> list[Path]:
+    path = Path(str(config.path))
+    if not path.exists():
+        raise ValueError(f"data.path: no file or folder {path}")
+    return [path] if path.is_file() else _find(path, config.pattern or pattern)
+
+
+def _find(root: Path, pattern: str) -> list[Path]:
+    """Files by pattern in a fixed order, none from hidden folders or installed packages."""
+    installed = {"site-packages", "dist-packages", "__pycache__"}
+    names = (file.relative_to(root) for file in root.rglob(pattern) if file.is_file())
+    return sorted(
+        root / name
+        for name in names
+        if not any(part in installed or part.startswith(".") for part in name.parts)
+    )
+
+
+def _decode(data: bytes, file: Path, offset: int = 0) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: no UTF-8 at byte {offset + error.start}") from error
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: holds {type(record).__name__}, not a JSON object")
+    return record
+
+
+def _keys(config: DataConfig) -> tuple[str | None, ...]:
+    return config.messages_key, config.prompt_key, config.completion_key, config.text_key
+
+
+def _record(record: dict[str, Any], config: DataConfig, where: str) -> Document:
+    """Messages before prompt and completion before text; a key set to null is not looked for."""
+    messages, prompt, completion, text = _keys(config)
+    if messages in record:
+        return Document(tuple(_chat(record[messages], where)))
+    if prompt in record and completion in record:
+        pair = (_string(record, prompt, where), False), (_string(record, completion, where), True)
+        return Document(pair)
+    if text in record:
+        return Document(((_string(record, text, where), True),))
+    raise ValueError(
+        f"{where}: has the keys {sorted(record)}; needed is data.messages_key={messages!r}, "
+        f"or data.prompt_key={prompt!r} and data.completion_key={completion!r}, "
+        f"or data.text_key={text!r}"
+    )
+
+
+def _chat(messages: Any, where: str) -> Iterator[tuple[str, bool]]:
+    if not isinstance(messages, list):
+        raise ValueError(f"{where}: messages must be a list, are {messages!r}")
+    context = ""
+    for message in messages:
+        context += f"<|{_string(message, 'role', where)}|>\n"
+        content = _string(message, "content", where)
+        if message["role"] == "assistant":
+            yield context, False
+            yield content, True
+            context = "\n"
+        else:
+            context += content + "\n"
+    if context != "\n":
+        yield context, False
+
+
+def _string(record: Any, key: str | None, where: str) -> str:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} must be a string, is {value!r}")
+    try:
+        value.encode("utf-8")  # JSON can carry half of a surrogate pair
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {key!r}: {error}") from error
+    return value
+
+
+# Documents of the two parts.
+
+
+def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
+    """The non-empty documents of one part, never none."""
+    separate = bool(config.val_path or config.val_split)
+    if separate and held_out:
+        path, split = config.val_path or config.path, config.val_split or config.split
+        config = replace(config, path=path, split=split)
+    groups: set[str] = set()
+    empty = True
+    for document in SOURCES[config.source](config):
+        groups |= _groups(document)
+        if document.text and (separate or _is_held_out(document, config) == held_out):
+            empty = False
+            yield document
+    if unknown := sorted(set(config.holdout) - groups):
+        raise ValueError(f"data.holdout: no top-level package or file is called {unknown}")
+    if empty:
+        part = "validation" if held_out else "training"
+        raise ValueError(
+            f"data.source={config.source!r}, path {config.path}: no {part} documents; held out are "
+            "those of data.val_path, data.val_split, data.holdout or data.val_fraction"
+        )
+
+
+def load_documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
+    """The training and the held-out documents."""
+    return list(iter_documents(config, False)), list(iter_documents(config, True))
+
+
+def _groups(document: Document) -> set[str]:
+    """The names of a file's top-level package or file: {"ast.py", "ast"}."""
+    top = PurePath(document.name).parts[:1]
+    return {*top, *(PurePath(part).stem for part in top)}
+
+
+def _is_held_out(document: Document, config: DataConfig) -> bool:
+    if config.holdout:
+        return not _groups(document).isdisjoint(config.holdout)
+    digest = hashlib.sha256(document.text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") < config.val_fraction * 2**64
+
+
+def ngram_overlap(train: Iterable[str], held_out: Iterable[str], n: int = 13) -> float:
+    """The share of the held-out texts' distinct n-grams of words that training texts contain."""
+    wanted = set(chain.from_iterable(_ngrams(text, n) for text in held_out))
+    unseen = wanted.copy()
+    for text in train:
+        unseen.difference_update(_ngrams(text, n))
+    return 1 - len(unseen) / len(wanted) if wanted else 0.0
+
+
+def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    words = text.split()
+    return zip(*(words[i:] for i in range(n)), strict=False)

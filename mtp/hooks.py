@@ -1,0 +1,107 @@
+"""What happens beside training: each hook is called after every step with the run's `Progress`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtp.decode.contract import Request
+from mtp.decode.loop import generate
+from mtp.distributed import rank
+from mtp.tokenizer import Tokenizer
+from mtp.train import Progress
+
+log = logging.getLogger("mtp")
+
+
+class JsonlLog:
+    """A hook: one JSON object per logged step. On resuming, lines past the checkpoint's step are
+    dropped.
+    """
+
+    def __init__(self, path: Path, resumed_at: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = (
+            [line for line in read_jsonl(path) if line["step"] <= resumed_at]
+            if path.exists()
+            else []
+        )
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.metrics and rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(progress.counters() | progress.metrics) + "\n")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Complete lines only: a killed run may leave half of one."""
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def console(progress: Progress) -> None:
+    """A hook: one line per logged step."""
+    m = progress.metrics
+    if not m or rank() != 0:
+        return
+    heads = [f"{m[k]:.2f}" for k in m if k.startswith("loss_")]
+    left = progress.seconds_left
+    line = f"step {progress.step:>6} ({progress.done:4.0%})  loss per head {' '.join(heads)}"
+    speed = f"{m['tokens_per_second']:,.0f} tokens/s"
+    log.info("%s  %s  %d:%02d left", line, speed, left // 60, left % 60)
+    if "val_loss_1" in m:
+        bits = [f"{m[k]:.2f}" for k in m if k.startswith("val_bits_per_byte_")]
+        log.info(
+            "   held out: bits per byte %s, acceptance length %.2f",
+            " ".join(bits),
+            m["val_acceptance_length"],
+        )
+
+
+class TensorBoard:
+    """A hook: every metric as a scalar. Needs the tensorboard package."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                'tensorboard=true needs: pip install "multi-token-prediction[tensorboard]"'
+            ) from error
+        self.writer = SummaryWriter(str(folder))
+
+    def __call__(self, progress: Progress) -> None:
+        for name, value in progress.metrics.items():
+            self.writer.add_scalar(name, value, progress.step)
+
+
+class Samples:
+    """A hook: continues a prompt greedily, `first` seconds into the run and then every `every`."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        every: float,
+        first: float = 10.0,
+        new_tokens: int = 120,
+    ) -> None:
+        self.tokenizer, self.prompt, self.every = tokenizer, prompt, every
+        self.next, self.new_tokens = first, new_tokens
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.seconds < self.next or rank() != 0:
+            return
+        self.next = progress.seconds + self.every
+        request = Request(self.tokenizer.encode(self.prompt), self.new_tokens)
+        text = self.tokenizer.decode(generate(progress.model, [request])[0].tokens)
+        log.info("   sample: %s", f"{self.prompt}⟶{text}".replace("\n", "\n           "))

@@ -1,0 +1,404 @@
+"""A Llama-like decoder whose last layers are n prediction heads: trunk -> heads -> shared norm ->
+unembedding (paper, section 2).
+
+Pre-norm blocks with RMSNorm, rotary positions (half-rotated, as in Hugging Face's Llama),
+grouped-query attention and SwiGLU. The model knows no losses, files or ranks: an objective comes in
+as a `score` (see `mtp.loss`), which is called inside the unembedding's own forward so that every
+use of a parameter happens inside `model(...)`, whoever wraps it.
+
+Letters: B rows, T positions, N future tokens, D width, H query heads, G key/value heads, d head
+width, V vocabulary, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp.decode.contract import Layout
+from mtp.heads import BLOCK_KINDS, HEADS
+from mtp.loss import CUTS, Score
+
+UNEMBEDDINGS = ("shared", "replicated")
+Rotation = tuple[Tensor, Tensor]
+
+
+@dataclass
+class ModelConfig:
+    """Meta's names, so that a `params.json` reads as this. `n_layers` counts trunk blocks and block
+    heads together.
+
+    A trunk that keeps its L blocks beside n heads is `n_layers = L + n - 1`. Linear and residual
+    heads take no block from the trunk. hidden_dim: width of the feed-forward layer, by default 8/3
+    dim rounded up to `multiple_of`.
+    """
+
+    dim: int = 256
+    n_layers: int = 8
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    n_future_tokens: int = 4
+    vocab_size: int = 257
+    head: str = "transformer"
+    unembedding: str = "shared"
+    tie_embeddings: bool = False
+    hidden_dim: int | None = None
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        for key in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_future_tokens",
+            "vocab_size",
+            "multiple_of",
+            "max_seq_len",
+        ):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        for key, allowed in (("head", tuple(HEADS)), ("unembedding", UNEMBEDDINGS)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is unknown: allowed are {', '.join(allowed)}"
+                )
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"dim={self.dim} must split into n_heads={self.n_heads} heads of even width"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}"
+            )
+        if self.trunk_layers < 0:
+            raise ValueError(
+                f"n_layers={self.n_layers} must be at least "
+                f"n_future_tokens={self.n_future_tokens}: heads are taken from them"
+            )
+        if self.tie_embeddings and self.unembedding == "replicated":
+            raise ValueError(
+                "tie_embeddings=true needs unembedding=shared: there is one embedding to tie to"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def trunk_layers(self) -> int:
+        return self.n_layers - self.n_future_tokens if self.head in BLOCK_KINDS else self.n_layers
+
+    @property
+    def ffn_dim(self) -> int:
+        wanted = self.hidden_dim or 8 * self.dim // 3
+        return wanted if self.hidden_dim else -(-wanted // self.multiple_of) * self.multiple_of
+
+
+class CacheLayer:
+    """Keys and values of one attention layer, (B, S, G, d): it knows slots, neither lengths nor
+    positions.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+        self.flat_k, self.flat_v = k.flatten(0, 1), v.flatten(0, 1)
+
+    def write(self, layout: Layout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new columns; return all columns that the layout may look at."""
+        self.flat_k.index_copy_(0, layout.where, k.flatten(0, 1))
+        self.flat_v.index_copy_(0, layout.where, v.flatten(0, 1))
+        return self.k[layout.rows, : layout.span], self.v[layout.rows, : layout.span]
+
+
+class Cache:
+    """`layers` caches of B rows and S slots in two tensors. Rejected drafts need no clean-up: later
+    columns overwrite their slots.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, slots: int, heads: int, head_dim: int, like: Tensor
+    ) -> None:
+        self.slots = slots
+        self.k, self.v = like.new_zeros(2, layers, rows, slots, heads, head_dim)
+        self.layers = [CacheLayer(k, v) for k, v in zip(self.k, self.v, strict=True)]
+
+    def copy(self, source: int, row: int, length: int) -> None:
+        """Give `row` the first `length` slots of `source`: one prompt pass serves many samples."""
+        for x in (self.k, self.v):
+            x[:, row, :length] = x[:, source, :length]
+
+
+class Rotary:
+    """cos and signed sin of every position. A plain object, so that `model.to(bfloat16)` leaves the
+    table in fp32.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        half = (
+            torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float64) / config.head_dim
+        )
+        self.frequency = config.rope_theta**-half
+        self.reserve(config.max_seq_len)
+
+    def reserve(self, positions: int) -> None:
+        angles = torch.outer(torch.arange(positions, device="cpu"), self.frequency)[:, None]
+        sin = angles.sin()
+        self.cos = torch.cat([angles.cos()] * 2, -1).float()
+        self.sin = torch.cat([-sin, sin], -1).float()
+
+    def __call__(self, positions: Tensor) -> Rotation:
+        """positions (..., T) -> tables (..., T, 1, d)."""
+        if self.cos.device != positions.device:
+            self.cos, self.sin = self.cos.to(positions.device), self.sin.to(positions.device)
+        return self.cos[positions], self.sin[positions]
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn the pairs (x_j, x_{j + d/2}) by their position's angle; x (B, T, heads, d)."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.kv_heads, self.head_dim = (
+            config.n_heads,
+            config.kv_heads,
+            config.head_dim,
+        )
+        self.wqkv = nn.Linear(
+            config.dim, (self.n_heads + 2 * self.kv_heads) * self.head_dim, bias=False
+        )
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, layout: Layout | None, layer: CacheLayer | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)
+        qk, v = qkv.split([self.n_heads + self.kv_heads, self.kv_heads], 2)
+        q, k = rotate(qk, rotation).split([self.n_heads, self.kv_heads], 2)
+        mask = None if layout is None else layout.mask
+        if layout is not None and layer is not None:
+            k, v = layer.write(layout, k, v)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.kv_heads < self.n_heads,
+        )
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, layout: Layout | None, layer: CacheLayer | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, layout, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Unembedding(nn.Module):
+    """One matrix (V, D) for all heads, or one per head. Its weights are read inside its own forward
+    and nowhere else.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        copies = config.n_future_tokens if config.unembedding == "replicated" else 1
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.empty(config.vocab_size, config.dim)) for _ in range(copies)]
+        )
+
+    def forward(
+        self, latents: Sequence[Tensor], score: Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
+    ) -> Any:
+        return score(latents, list(self.weights))
+
+
+class Transformer(nn.Module):
+    """Trunk and n heads. `model(tokens)` gives next-token logits; `model(row, score=...)` trains;
+    `read` and `guess` decode.
+    """
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.trunk = nn.ModuleList([Block(config) for _ in range(config.trunk_layers)])
+        self.heads = HEADS[config.head](config.n_future_tokens, config.dim, lambda: Block(config))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = Unembedding(config)
+        if config.tie_embeddings:
+            self.output.weights[0] = self.embedding.weight
+        self.rotary = Rotary(config)
+        self.init_weights(generator)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Trunk blocks and heads in order: the units that are compiled, checkpointed or sharded."""
+        return [*self.trunk, *self.heads.heads]
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal with std width^-1/2, cut at 3 std; what is added to the residual stream is scaled
+        by (2 n_layers)^-1/2.
+        """
+
+        def normal_(weight: Tensor, std: float) -> None:
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+        normal_(self.embedding.weight, self.config.dim**-0.5)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            elif getattr(module, "starts_at_zero", False):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, nn.Linear):
+                deep = name.endswith((".wo", ".w2"))
+                normal_(
+                    module.weight,
+                    (module.in_features * (2 * self.config.n_layers if deep else 1)) ** -0.5,
+                )
+        if not self.config.tie_embeddings:
+            for weight in self.output.weights:
+                normal_(weight, self.config.dim**-0.5)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        score: Score | None = None,
+        cut: str = "auto",
+        return_all_heads: bool = False,
+    ) -> Any:
+        """Without `score`: ids (B, T) -> logits (B, T, V), or (B, T, N, V) of all heads.
+
+        With `score`: rows (B, T + n) -> whatever score(fns, inputs, weights, params) returns for
+        the first T positions.
+        """
+        n = self.config.n_future_tokens
+        if score is None:
+            latents = self._latents(self._trunk(tokens), n if return_all_heads else 1)
+            logits = self.output(
+                latents, lambda x, w: [F.linear(z, w[i % len(w)]) for i, z in enumerate(x)]
+            )
+            return torch.stack(logits, 2) if return_all_heads else logits[0]
+        if cut not in CUTS:
+            raise ValueError(f"cut={cut!r} is unknown: allowed are {', '.join(CUTS)}")
+        z = self._trunk(tokens[:, :-n])
+        if cut == "trunk" or (cut == "auto" and self.heads.independent):
+            return self.output(
+                [z], lambda x, w: score(self._head_fns(z.shape[1]), x, w, self._head_params())
+            )
+        return self.output(
+            self._latents(z, n), lambda x, w: score([lambda latent: latent] * n, x, w, ())
+        )
+
+    def _trunk(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens exceed max_seq_len={self.config.max_seq_len}"
+            )
+        rotation = self._rotation(tokens.shape[1])
+        x = self.embedding(tokens)
+        for block in self.trunk:
+            x = block(x, rotation, None)
+        return x
+
+    def _rotation(self, length: int) -> Rotation:
+        return self.rotary(torch.arange(length, device=self.embedding.weight.device))
+
+    def _latents(self, z: Tensor, upto: int) -> list[Tensor]:
+        rotation = self._rotation(z.shape[1])
+        first, memo = self.heads.next(z, rotation, None, ())
+        return [self.norm(x) for x in (first, *self.heads.rest(memo, rotation, None, (), upto))]
+
+    def _head_fns(self, length: int) -> list[Callable[[Tensor], Tensor]]:
+        if not self.heads.independent:
+            raise ValueError(
+                f"cut='trunk' needs heads that do not read each other, not "
+                f"head={self.config.head!r}: use 'latents'"
+            )
+        rotation = self._rotation(length)
+
+        def through(head: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda z: self.norm(head(z, rotation, None))
+
+        return [through(head) for head in self.heads.heads]
+
+    def _head_params(self) -> list[nn.Parameter]:
+        return [*self.heads.parameters(), *self.norm.parameters()]
+
+    # Decoding: what `mtp.decode` asks of a target.
+
+    @property
+    def next_layers(self) -> int:
+        """Attention layers that the next token needs."""
+        return len(self.trunk) + self.heads.next_layers
+
+    @property
+    def rest_layers(self) -> int:
+        """Attention layers that only drafts need."""
+        return self.heads.rest_layers
+
+    @property
+    def memo_dim(self) -> int:
+        return self.config.dim * self.heads.memo_copies
+
+    def new_cache(self, layers: int, rows: int, slots: int) -> Cache:
+        if slots > len(self.rotary.cos):  # drafts may overhang the end of the longest text
+            self.rotary.reserve(slots)
+        return Cache(
+            layers, rows, slots, self.config.kv_heads, self.config.head_dim, self.embedding.weight
+        )
+
+    def read(self, tokens: Tensor, layout: Layout, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Feed tokens (R, T) -> latent of head 1 (R, T, D), memo (R, T, D'): what `guess` needs for
+        the other heads.
+        """
+        rotation = self.rotary(layout.positions)
+        x = self.embedding(tokens)
+        for block, layer in zip(self.trunk, cache.layers, strict=False):
+            x = block(x, rotation, layout, layer)
+        return self.heads.next(x, rotation, layout, cache.layers[len(self.trunk) :])
+
+    def guess(self, memo: Tensor, layout: Layout, cache: Cache, upto: int) -> list[Tensor]:
+        """memo (R, T, D') -> latents (R, T, D) of heads 2..upto."""
+        return self.heads.rest(memo, self.rotary(layout.positions), layout, cache.layers, upto)
+
+    def logits(self, latent: Tensor, head: int = 1) -> Tensor:
+        """Latent (..., D) of a head, counted from 1 -> its logits (..., V)."""
+        return self.output([self.norm(latent)], lambda x, w: F.linear(x[0], w[(head - 1) % len(w)]))

@@ -1,0 +1,157 @@
+"""Text to token ids and back.
+
+A tokenizer is whatever has the names of `Tokenizer`: bytes (no training, no dependencies), a
+SentencePiece model, or an object of the caller's own. `encode` adds nothing to the text; who packs
+documents appends `end_id` to each. `decode(encode(text)) == text` holds for bytes always, and for
+models of `train_sentencepiece` for every text without U+2581, SentencePiece's own sign for a space,
+which comes back as one.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+INDEX_FILE, MODEL_FILE = "tokenizer.json", "tokenizer.model"
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+    end_id: int  # ends every document
+    fingerprint: str  # equal if and only if the same text gives the same ids
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Drops ids that stand for no text; replaces bytes that are no UTF-8 by U+FFFD."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load_tokenizer(folder)` reads."""
+        ...
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are the bytes of the text's UTF-8, 256 ends a document."""
+
+    vocab_size = 257
+    end_id = 256
+    fingerprint = hashlib.sha256(b"bytes").hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        _write_index(folder, "bytes")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; its end-of-sentence token ends documents."""
+
+    def __init__(self, model_file: str | Path) -> None:
+        self._proto = Path(model_file).read_bytes()
+        self._model = _sentencepiece().SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(self._proto)
+        except RuntimeError as error:
+            raise ValueError(f"{model_file}: is no SentencePiece model ({error})") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.end_id: int = self._model.eos_id()
+        if self.end_id < 0:
+            raise ValueError(f"{model_file}: has no end-of-sentence token (eos) to end documents")
+        self.fingerprint = hashlib.sha256(self._proto).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode([int(i) for i in ids if self._stands_for_text(int(i))])
+
+    def save(self, folder: Path) -> None:
+        _write_index(folder, "sentencepiece")
+        (folder / MODEL_FILE).write_bytes(self._proto)
+
+    def _stands_for_text(self, i: int) -> bool:
+        model = self._model
+        return 0 <= i < self.vocab_size and not (model.is_control(i) or model.is_unknown(i))
+
+
+def train_sentencepiece(
+    texts: Iterable[str], model_file: Path, vocab_size: int
+) -> SentencePieceTokenizer:
+    """Byte-pair encoding that keeps every character, space, tab and newline of the text."""
+    model = io.BytesIO()
+    try:
+        _sentencepiece().SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=2**30,  # longer texts would be left out silently
+            num_threads=1,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"vocab_size={vocab_size}: SentencePiece refuses: {error}") from error
+    partial = model_file.with_name(f".{model_file.name}.{os.getpid()}.partial")
+    partial.write_bytes(model.getvalue())
+    partial.replace(model_file)
+    return SentencePieceTokenizer(model_file)
+
+
+def load_tokenizer(where: str | Path) -> Tokenizer:
+    """The word "bytes", a SentencePiece `.model` file, or a folder that `save` wrote to."""
+    if where == "bytes":
+        return ByteTokenizer()
+    path = Path(where)
+    if path.is_file() and path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    kind = _read_kind(path)
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(path / MODEL_FILE)
+    raise ValueError(
+        f"tokenizer={str(where)!r}: allowed are the word 'bytes', a SentencePiece .model file, "
+        f"and a folder with a {INDEX_FILE} whose kind is 'bytes' or 'sentencepiece'"
+    )
+
+
+def _write_index(folder: Path, kind: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX_FILE).write_text(json.dumps({"kind": kind}) + "\n", encoding="utf-8")
+
+
+def _read_kind(folder: Path) -> str | None:
+    index_file = folder / INDEX_FILE
+    if not index_file.is_file():
+        return None
+    try:
+        return json.loads(index_file.read_text(encoding="utf-8")).get("kind")
+    except (ValueError, AttributeError):
+        return None
+
+
+def _sentencepiece() -> Any:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ImportError(
+            'SentencePiece tokenizers need: pip install "multi-token-prediction[text]"'
+        ) from error
+    return sentencepiece

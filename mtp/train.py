@@ -1,0 +1,382 @@
+"""The one training loop. Every objective is a loss (see `mtp.loss`), every corpus or task a source
+of batches.
+
+    train(model, batches, loss_fn, config)
+
+A step draws `accumulation` micro-batches, counts their valid targets over all ranks, and lets each
+micro-batch's loss be divided by that global count, so that gradients do not depend on how a batch
+was split. What happens beside it (log files, consoles, samples) is a hook that is called after
+every step with a `Progress`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mtp import checkpoint
+from mtp.distributed import sum_over_ranks, world_size
+from mtp.loss import Batch, Metrics, agreements, future_targets, predictions
+
+log = logging.getLogger("mtp")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with decoupled weight decay, linear warm-up and cosine decay to final_lr_ratio x lr
+    (paper, table S13).
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.03
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "clip"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must be above 0")
+        for key in ("weight_decay", "warmup_steps", "final_lr_ratio"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"optim.{key}={getattr(self, key)} must be at least 0")
+
+
+@dataclass
+class TrainConfig:
+    """batch_size: rows per micro-batch and rank. max_seconds: finish early, the schedule shortened
+    to fit; None for no limit.
+
+    precision: of the forward pass (bfloat16 is autocast, weights stay fp32). compile: torch.compile
+    on every block; without a working compiler the run goes on uncompiled, with a warning. Zero
+    switches eval_every and save_every off; the end is always evaluated and saved.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulation: int = 1
+    max_seconds: float | None = None
+    precision: str = "float32"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 16
+    save_every: int = 0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulation", "log_every", "eval_batches"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
+        for key in ("eval_every", "save_every"):
+            if getattr(self, key) < 0:
+                raise ValueError(
+                    f"train.{key}={getattr(self, key)} must be at least 0 (0 switches it off)"
+                )
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"train.precision={self.precision!r} is unknown: "
+                f"allowed are {', '.join(PRECISIONS)}"
+            )
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError(
+                f"train.max_seconds={self.max_seconds} must be above 0 (null for no limit)"
+            )
+
+
+class Loss(Protocol):
+    def count(self, batch: Batch) -> Tensor: ...
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, denominator: Tensor
+    ) -> tuple[Tensor, Metrics]: ...
+
+
+class Batches(Protocol):
+    """Endless or long enough; `state_dict` resumes exactly."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `metrics` holds what this step logged, and is empty on steps that log
+    nothing.
+    """
+
+    model: nn.Module
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    done: float = 0.0  # share of the schedule, 0..1
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds * (1 - self.done) / self.done if self.done else math.inf
+
+    def counters(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+
+
+Hook = Callable[[Progress], None]
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: Loss,
+    config: TrainConfig,
+    *,
+    hooks: Sequence[Hook] = (),
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    save: Callable[[Progress, torch.optim.Optimizer], None] | None = None,
+    resume: checkpoint.TrainingState | None = None,
+) -> Progress:
+    """Train until config.steps (or max_seconds); k steps, resume, k steps equal 2k steps bit for
+    bit.
+
+    evaluate(model) -> metrics to log; save(progress, optimizer) writes a checkpoint. ValueError
+    names the step at which batches ran out or the loss stopped being finite.
+    """
+    optimizer = make_optimizer(model, config.optim)
+    progress = Progress(model)
+    if resume is not None:
+        restore(model, optimizer, resume)
+        progress = Progress(model, **{k: resume.progress[k] for k in ("step", "tokens", "seconds")})
+        batches.load_state_dict(resume.progress["data"])
+    if config.compile:
+        compile_blocks(model)
+    meter = _Meter()
+    while not finished(progress, config):
+        started = time.perf_counter()
+        lr = config.optim.lr * schedule(progress.step, _done(progress, config), config.optim)
+        set_lr(optimizer, lr)
+        tokens = train_step(model, batches, loss_fn, config, optimizer, meter, progress.step)
+        progress.step += 1
+        progress.tokens += tokens * world_size()
+        progress.seconds += time.perf_counter() - started
+        progress.done = _done(progress, config)
+        due = _Due(progress.step, finished(progress, config))
+        progress.metrics = {}
+        if due.every(config.log_every) or progress.step == 1:
+            progress.metrics = meter.read(progress.step) | {"lr": lr}
+        with torch.compiler.set_stance("force_eager"):  # other shapes would compile again
+            if evaluate and due.every(config.eval_every):
+                progress.metrics |= evaluate(model)
+            for hook in hooks:
+                hook(progress)
+        if save and due.every(config.save_every):
+            save(progress, optimizer)
+    return progress
+
+
+class _Due(NamedTuple):
+    step: int
+    last: bool
+
+    def every(self, period: int) -> bool:
+        """Each `period` steps (never, if zero) and at the end."""
+        return self.last or (period > 0 and self.step % period == 0)
+
+
+def train_step(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: Loss,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    meter: _Meter,
+    step: int,
+) -> int:
+    """One optimizer step; -> tokens it learned from on this rank."""
+    device = next(model.parameters()).device
+    started = time.perf_counter()
+    try:
+        micro = [next(batches).to(device) for _ in range(config.accumulation)]
+    except StopIteration:
+        raise ValueError(
+            f"the data ended after {step} steps of {config.steps}: "
+            f"lower train.steps or allow more epochs"
+        ) from None
+    meter.waited += time.perf_counter() - started
+    denominator = (
+        sum_over_ranks(torch.stack([loss_fn.count(b) for b in micro]).sum(0)).clamp(min=1)
+        / world_size()
+    )
+    autocast = torch.autocast(
+        device.type, PRECISIONS[config.precision], enabled=config.precision != "float32"
+    )
+    for batch in micro:
+        with autocast:
+            loss, metrics = loss_fn(model, batch, denominator)
+        loss.backward()
+        meter.add(metrics)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(int(b.row.shape[0]) * (b.row.shape[1] - len(denominator)) for b in micro)
+    meter.end_step(norm, tokens)
+    return tokens
+
+
+class _Meter:
+    """Sums over the steps since it was last read; tensors stay on their device until then."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.norm: Tensor | None = None
+        self.tokens, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def add(self, metrics: Metrics) -> None:
+        for name, (total, count) in metrics.items():
+            old = self.sums.get(name, (0, 0))
+            self.sums[name] = (old[0] + total.detach(), old[1] + count)
+
+    def end_step(self, norm: Tensor, tokens: int) -> None:
+        self.norm, self.tokens = norm, self.tokens + tokens
+
+    def read(self, step: int) -> dict[str, float]:
+        """Means over ranks and steps; starts anew. ValueError if a mean is not finite."""
+        seconds = time.perf_counter() - self.since
+        pairs = {
+            k: sum_over_ranks(torch.stack([s.double(), c.double()])).tolist()
+            for k, (s, c) in self.sums.items()
+        }
+        values = {name: total / max(count, 1) for name, (total, count) in pairs.items()}
+        values["grad_norm"] = float(self.norm) if self.norm is not None else 0.0
+        if not all(math.isfinite(v) for v in values.values()):
+            raise ValueError(
+                f"step {step}: the loss or its gradient is not finite ({values}): "
+                f"lower the learning rate"
+            )
+        values["tokens_per_second"] = self.tokens * world_size() / max(seconds, 1e-9)
+        values["data_wait"] = self.waited / max(seconds, 1e-9)
+        self.__init__()  # type: ignore[misc]
+        return values
+
+
+def _done(progress: Progress, config: TrainConfig) -> float:
+    in_time = progress.seconds / config.max_seconds if config.max_seconds else 0.0
+    return min(1.0, max(progress.step / config.steps, in_time))
+
+
+def finished(progress: Progress, config: TrainConfig) -> bool:
+    return progress.step >= config.steps or _done(progress, config) >= 1
+
+
+def schedule(step: int, done: float, config: OptimConfig) -> float:
+    """Factor on the learning rate: warm-up by steps, cosine by the share of the run done."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return warm * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what learns; norms and other vectors are not decayed."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile each block in place; warn and go on without where no compiler works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=next(model.parameters()).device))
+    except Exception as error:  # whatever a missing or broken tool chain raises
+        log.warning(
+            "torch.compile does not work here, training goes on without it (%s)",
+            str(error).splitlines()[0],
+        )
+        torch._dynamo.reset()
+        return
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile()
+
+
+def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's tensors by parameter name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}.{key}": t
+        for p, state in optimizer.state.items()
+        for key, t in state.items()
+    }
+
+
+def restore(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: checkpoint.TrainingState
+) -> None:
+    """The inverse of `capture`; ValueError names a parameter whose state is missing."""
+    for name, p in model.named_parameters():
+        own = {
+            k.removeprefix(f"{name}."): t
+            for k, t in state.optimizer.items()
+            if k.rpartition(".")[0] == name
+        }
+        if p.requires_grad and set(own) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(
+                f"the checkpoint's optimizer state does not fit the model: "
+                f"{name} has {sorted(own) or 'none'}"
+            )
+        optimizer.state[p] = {k: t.to(p.device) for k, t in own.items()}
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, batches: Iterable[Batch], n: int, bytes_per_token: float
+) -> dict[str, float]:
+    """Per head i: val_loss_i (nats per token), val_bits_per_byte_i, val_agreement_i (i >= 2, with
+    head 1's own later choice); and val_acceptance_length, what exact greedy verification would
+    accept per step on this text (teacher-forced).
+    """
+    device = next(model.parameters()).device
+    nll, valid_count = (
+        torch.zeros(n, device=device, dtype=torch.double),
+        torch.zeros(n, device=device, dtype=torch.double),
+    )
+    agreed, chained = torch.zeros(n - 1, device=device), torch.zeros((), device=device)
+    usable_count = torch.zeros((), device=device)
+    for batch in batches:
+        targets, valid = future_targets(batch.to(device), n)
+        nll_NBT, best = model(batch.row.to(device), score=_predictor(targets))
+        agree, usable = agreements(best, valid)
+        nll += (nll_NBT * valid).sum((1, 2))
+        valid_count += valid.sum((1, 2))
+        agreed += (agree & usable).sum((1, 2))
+        chained += (agree.cumprod(0) * usable).sum()
+        usable_count += usable.sum()
+    loss = (nll / valid_count.clamp(min=1)).tolist()
+    share = (agreed / usable_count.clamp(min=1)).tolist()
+    metrics = {f"val_loss_{i}": x for i, x in enumerate(loss, 1)}
+    metrics |= {
+        f"val_bits_per_byte_{i}": x / math.log(2) / bytes_per_token for i, x in enumerate(loss, 1)
+    }
+    metrics |= {f"val_agreement_{i}": x for i, x in enumerate(share, 2)}
+    return metrics | {"val_acceptance_length": 1 + float(chained / usable_count.clamp(min=1))}
+
+
+def _predictor(targets: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda fns, inputs, weights, params: predictions(fns, inputs, weights, targets, params)

@@ -1,0 +1,55 @@
+"""What all tests share: one thread (two are slower on small tensors), tiny models, the device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp.heads import HEADS
+from mtp.model import ModelConfig, Transformer
+
+KINDS = tuple(HEADS)
+DATA = Path(
+    os.environ.get("MTP_TEST_DATA", "/nonexistent")
+)  # shared evaluation data; tests that want it skip without
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """MTP_TEST_DEVICE=cuda runs the same suite on a GPU."""
+    return torch.device(os.environ.get("MTP_TEST_DEVICE", "cpu"))
+
+
+def tiny(
+    kind: str = "transformer", *, seed: int = 0, gain: float = 1.0, **overrides
+) -> Transformer:
+    """A model of a few thousand fp64 parameters; `gain` sharpens its predictions: no near-ties."""
+    shape = {"dim": 16, "n_layers": 5, "n_heads": 2, "n_kv_heads": 1, "n_future_tokens": 4}
+    sizes = {"vocab_size": 13, "multiple_of": 8, "max_seq_len": 96, "head": kind}
+    config = ModelConfig(**(shape | sizes | overrides))
+    model = Transformer(config, torch.Generator().manual_seed(seed)).double()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed + 1)
+        for parameter in model.parameters():
+            parameter.mul_(gain)
+            # Norms of ones and maps of zeros would hide mistakes.
+            if parameter.ndim == 1 or not parameter.any():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(noise * 0.2)
+    return model
+
+
+def p_value(counts: torch.Tensor, law: torch.Tensor) -> float:
+    """Pearson's chi-square: how often counts this far from `law` (V,) or farther come from it."""
+    expected = law.double() * counts.sum()
+    assert not counts[law == 0].any(), "something came up that the law forbids"
+    possible = law > 0
+    assert (expected[possible] >= 5).all(), "too few draws for the chi-square law to hold"
+    statistic = ((counts - expected).square() / expected)[possible].sum()
+    freedom = (possible.sum() - 1).double()
+    return float(torch.special.gammaincc(freedom / 2, statistic / 2))

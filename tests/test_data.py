@@ -1,0 +1,602 @@
+"""Documents are read, held out, packed and resumed as promised."""
+
+import json
+import sysconfig
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mtp.data import (
+    Batches,
+    Corpus,
+    StreamingBatches,
+    encode_document,
+    load_corpora,
+    load_corpus,
+    prepare_shards,
+)
+from mtp.documents import (
+    SOURCES,
+    DataConfig,
+    Document,
+    iter_documents,
+    load_documents,
+    ngram_overlap,
+)
+from mtp.tokenizer import ByteTokenizer
+
+torch.set_num_threads(1)
+BYTES = ByteTokenizer()
+END = BYTES.end_id
+
+
+def plain(text, name=""):
+    return Document(((text, True),), name)
+
+
+def some_documents(count=9, seed=0):
+    generator = np.random.default_rng(seed)
+    return [
+        plain("".join(generator.choice(list("abcdé\n"), size=generator.integers(1, 30))))
+        for _ in range(count)
+    ]
+
+
+def corpus_of(*texts):
+    return Corpus.from_documents(map(plain, texts), BYTES)
+
+
+def stream_of(documents):
+    """(token, document, is target) of the whole stream, from the documents themselves."""
+    stream = []
+    for number, document in enumerate(documents):
+        for text, target in document.segments:
+            stream += [(token, number, target) for token in text.encode()]
+        stream.append((END, number, document.segments[-1][1]))
+    return stream
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def joined(batches):
+    return [torch.cat(parts).tolist() for parts in zip(*batches, strict=True)]
+
+
+def same(left, right):
+    return joined(left) == joined(right)
+
+
+def write_jsonl(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+# Packing
+
+
+class Digits:
+    """Characters 1 to 9 and a (10) are their own ids, 0 ends a document."""
+
+    vocab_size, end_id, fingerprint = 11, 0, "digits"
+
+    def encode(self, text):
+        return [int(character, 16) for character in text]
+
+
+def test_the_example_of_the_docstring():
+    corpus = Corpus.from_documents([plain("123456"), plain("789a")], Digits())
+    (batch,) = Batches(corpus, seq_len=4, n_future_tokens=2, batch_size=3, epochs=1, shuffle=False)
+    assert batch.row.tolist() == [[1, 2, 3, 4, 5, 6], [5, 6, 0, 7, 8, 9], [8, 9, 10, 0, 0, 0]]
+    assert batch.doc.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, -1, -1]]
+    assert batch.keep.tolist() == [[True] * 6, [True] * 6, [True] * 4 + [False] * 2]
+
+
+@pytest.mark.parametrize("seq_len, n", [(1, 1), (4, 1), (4, 3), (5, 7), (16, 4)])
+def test_rows_overlap_by_n_and_give_back_the_stream(seq_len, n):
+    documents = some_documents()
+    corpus = Corpus.from_documents(documents, BYTES)
+    batches = Batches(corpus, seq_len, n, batch_size=1, epochs=1, shuffle=False)
+    rows = [list(zip(*(x[0].tolist() for x in batch), strict=True)) for batch in batches]
+    for row, following in zip(rows, rows[1:], strict=False):
+        assert row[seq_len:] == following[:n] or following[n - 1][1] == -1
+    tokens = [token for row in rows[:-1] for token in row[:seq_len]] + rows[-1]
+    assert [token for token in tokens if token[1] >= 0] == stream_of(documents)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("seq_len, n, batch_size", [(1, 1, 2), (4, 3, 3), (5, 7, 1), (16, 4, 5)])
+def test_every_target_of_every_head_counts_once(seq_len, n, batch_size, shuffle):
+    documents = [*some_documents(), Document((("prompt", False), ("yes", True)))]
+    corpus = Corpus.from_documents(documents, BYTES)
+    batches = Batches(corpus, seq_len, n, batch_size, epochs=1, shuffle=shuffle)
+    counted: Counter = Counter()
+    for row, doc, keep in batches:
+        for i in range(n):
+            source, target = doc[:, :seq_len], doc[:, 1 + i : 1 + i + seq_len]
+            valid = (source == target) & (source >= 0) & keep[:, 1 + i : 1 + i + seq_len]
+            pairs = torch.stack([row[:, :seq_len], row[:, 1 + i : 1 + i + seq_len], source])
+            counted.update((i, *pair) for pair in pairs[:, valid].T.tolist())
+    stream = stream_of(documents)
+    expected = Counter(
+        (i, stream[t][0], stream[t + 1 + i][0], stream[t][1])
+        for i in range(n)
+        for t in range(len(stream) - 1 - i)
+        if stream[t][1] == stream[t + 1 + i][1] and stream[t + 1 + i][2]
+    )
+    assert counted == expected
+
+
+def test_the_end_token_belongs_to_its_document():
+    (batch,) = Batches(corpus_of("ab", "c"), 4, 1, batch_size=1, epochs=1)
+    assert batch.row.tolist() == [[97, 98, END, 99, END]]
+    assert batch.doc.tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_the_last_batch_is_completed_with_padding():
+    batches = Batches(corpus_of("abcdefgh"), 4, 1, batch_size=3, epochs=1)
+    (batch,) = batches
+    assert (batch.doc[2] == -1).all() and not batch.keep[2].any()
+    assert (batch.doc[:2] >= 0).sum() == 10 and next(batches, None) is None
+
+
+def test_batches_have_the_types_of_the_contract():
+    batch = next(Batches(corpus_of("abcdefgh"), 4, 2, batch_size=2))
+    assert [x.dtype for x in batch] == [torch.int64, torch.int64, torch.bool]
+    assert {x.shape for x in batch} == {(2, 6)}
+
+
+def test_large_vocabularies_need_32_bits():
+    tokenizer = Digits()
+    assert encode_document(plain("12"), tokenizer).ids.dtype == np.uint16
+    tokenizer.vocab_size = 2**16 + 1
+    assert encode_document(plain("12"), tokenizer).ids.dtype == np.uint32
+
+
+# Order, resuming, ranks
+
+
+def test_epochs_are_different_orders_of_the_same_rows():
+    corpus = Corpus.from_documents(some_documents(30), BYTES)
+    batches = Batches(corpus, 4, 1, batch_size=1)
+    first, second = ([batch.row.tolist() for batch in take(batches, batches.n_rows)] for _ in "12")
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_the_order_follows_from_the_seed():
+    corpus = Corpus.from_documents(some_documents(30), BYTES)
+    one, again, other = (take(Batches(corpus, 4, 1, 2, seed=seed), 9) for seed in (1, 1, 2))
+    assert same(one, again) and not same(one, other)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 13, 14, 40])
+def test_resuming_gives_the_same_stream(cut):
+    corpus = Corpus.from_documents(some_documents(), BYTES)
+    batches = Batches(corpus, 4, 2, batch_size=3, seed=5)
+    assert cut in (0, 1, 5) or cut * 3 > batches.n_rows  # some cuts lie in later epochs
+    take(batches, cut)
+    state = json.loads(json.dumps(batches.state_dict()))
+    expected = take(batches, 20)
+    resumed = Batches(corpus, 4, 2, batch_size=3, seed=5)
+    resumed.load_state_dict(state)
+    assert same(take(resumed, 20), expected)
+
+
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_ranks_partition_each_global_batch(epochs):
+    corpus = Corpus.from_documents(some_documents(), BYTES)
+    whole = take(Batches(corpus, 4, 2, batch_size=6, epochs=epochs), 9)
+    ranks = [Batches(corpus, 4, 2, 2, rank=r, world_size=3, epochs=epochs) for r in range(3)]
+    for expected in whole:
+        assert same([next(rank) for rank in ranks], [expected])
+
+
+def test_all_ranks_have_equally_many_batches():
+    corpus = corpus_of("abcdefgh")  # two rows
+    ranks = [Batches(corpus, 4, 1, 1, rank=r, world_size=3, epochs=1) for r in range(3)]
+    assert [len(list(rank)) for rank in ranks] == [1, 1, 1]
+
+
+def test_the_state_moves_between_world_sizes():
+    corpus = Corpus.from_documents(some_documents(), BYTES)
+    alone = Batches(corpus, 4, 2, batch_size=4)
+    take(alone, 3)
+    ranks = [Batches(corpus, 4, 2, batch_size=2, rank=r, world_size=2) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(alone.state_dict())
+    for _ in range(7):
+        assert same([next(rank) for rank in ranks], [next(alone)])
+
+
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("corpus", lambda: Batches(corpus_of("hgfedcba"), 4, 1, 1)),
+        ("seq_len", lambda: Batches(corpus_of("abcdefgh"), 5, 1, 1)),
+        ("seed", lambda: Batches(corpus_of("abcdefgh"), 4, 1, 1, seed=1)),
+        ("shuffle", lambda: Batches(corpus_of("abcdefgh"), 4, 1, 1, shuffle=False)),
+    ],
+)
+def test_the_state_of_other_data_is_refused(name, other):
+    state = Batches(corpus_of("abcdefgh"), 4, 1, 1).state_dict()
+    with pytest.raises(ValueError, match=f"its {name} is"):
+        other().load_state_dict(state)
+
+
+# Corpora
+
+
+def test_bytes_per_token_counts_end_tokens():
+    assert corpus_of("abé", "x").bytes_per_token == 5 / 7
+
+
+def test_the_fingerprint_knows_texts_borders_and_targets():
+    halves = Document((("a", True), ("b", True)))
+    masked = Document((("a", False), ("b", True)))
+    corpora = [[plain("ab")], [plain("a"), plain("b")], [halves], [masked], [plain("ac")]]
+    found = {Corpus.from_documents(documents, BYTES).fingerprint for documents in corpora}
+    assert len(found) == len(corpora)
+    assert corpus_of("ab").fingerprint == corpus_of("ab").fingerprint
+
+
+# Targets
+
+
+def targets(tmp_path, record, **keys):
+    """The text of each run of targets and of the others, the end token as a dollar sign."""
+    config = DataConfig("jsonl", write_jsonl(tmp_path / "a.jsonl", [record]), **keys)
+    (document,) = iter_documents(replace(config, val_fraction=0.0), held_out=False)
+    ids, keep, *_ = encode_document(document, BYTES)
+    text = "".join("$" if i == END else chr(i) for i in ids.tolist())
+    return "".join(c if kept else "." for c, kept in zip(text, keep, strict=True)), text
+
+
+def test_plain_text_is_all_targets(tmp_path):
+    assert targets(tmp_path, {"text": "hello"}) == ("hello$", "hello$")
+    assert corpus_of("hello").keep is None
+
+
+def test_only_the_completion_is_a_target(tmp_path):
+    record = {"question": "1+1=", "answer": "2"}
+    keys = {"prompt_key": "question", "completion_key": "answer"}
+    assert targets(tmp_path, record, **keys) == ("....2$", "1+1=2$")
+
+
+def test_only_what_the_assistant_says_is_a_target(tmp_path):
+    turns = ["system: S", "user: U", "assistant: A", "user: V", "assistant: B"]
+    roles = (turn.split(": ") for turn in turns)
+    record = {"messages": [{"role": role, "content": content} for role, content in roles]}
+    kept, text = targets(tmp_path, record)
+    assert text == ("<|system|>\nS\n<|user|>\nU\n<|assistant|>\nA\n<|user|>\nV\n<|assistant|>\nB$")
+    assert kept.replace(".", "") == "AB$"
+
+
+def test_a_chat_that_ends_with_the_user_has_no_end_target(tmp_path):
+    messages = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "U"}]
+    kept, text = targets(tmp_path, {"messages": messages})
+    assert text == "<|assistant|>\nA\n<|user|>\nU\n$" and kept.replace(".", "") == "A"
+
+
+def test_a_key_set_to_null_is_not_looked_for(tmp_path):
+    record = {"prompt": "p", "completion": "c", "text": "t"}
+    assert targets(tmp_path, record)[1] == "pc$"
+    assert targets(tmp_path, record, prompt_key=None)[1] == "t$"
+
+
+# Sources
+
+
+def texts(config, held_out=False):
+    return [document.text for document in iter_documents(config, held_out)]
+
+
+def test_text_files_are_read_unchanged_and_in_order(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"two\r\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.txt").write_bytes("\ufeffone".encode())
+    (tmp_path / "c.md").write_text("no text file")
+    assert texts(DataConfig("text", str(tmp_path), val_fraction=0.0)) == ["\ufeffone", "two\r\n"]
+    assert texts(DataConfig("text", str(tmp_path / "c.md"), val_fraction=0.0)) == ["no text file"]
+
+
+def test_folders_skip_hidden_and_installed_files(tmp_path):
+    for name in ("a.py", ".git/b.py", "v/site-packages/c.py", "d/e.py", "d/f.txt", "d/empty.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("" if "empty" in name else name)
+    config = DataConfig("folder", str(tmp_path), pattern="*.py", val_fraction=0.0)
+    assert texts(config) == ["a.py", "d/e.py"]
+
+
+def test_parquet_reads_what_jsonl_reads(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [{"id": i, "messages": [{"role": "assistant", "content": str(i)}]} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "a.jsonl", records)
+    jsonl, other = (
+        list(iter_documents(DataConfig(source, str(tmp_path), val_fraction=0.0), False))
+        for source in ("jsonl", "parquet")
+    )
+    assert jsonl == other and len(jsonl) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_reads_splits(tmp_path, monkeypatch, streaming):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        records = [{"text": f"{split} {i}"} for i in range(3)]
+        write_jsonl(tmp_path / "set" / f"{split}.jsonl", records)
+    config = DataConfig(
+        "datasets", str(tmp_path / "set"), streaming=streaming, val_split="validation"
+    )
+    assert texts(config) == ["train 0", "train 1", "train 2"]
+    assert texts(config, held_out=True) == ["validation 0", "validation 1", "validation 2"]
+
+
+def test_the_standard_library_is_read_twice_alike_and_without_tests():
+    config = DataConfig("stdlib", pattern="json/**/*.py", val_fraction=0.0)
+    first = list(iter_documents(config, held_out=False))
+    assert first == list(iter_documents(config, held_out=False))
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    source = {document.name: document.text for document in first}
+    assert source["json/decoder.py"] == (folder / "json" / "decoder.py").read_bytes().decode()
+    every = DataConfig("stdlib", holdout=["json", "ast", "unittest"])
+    for held_out in (False, True):
+        parts = {part for d in iter_documents(every, held_out) for part in Path(d.name).parts}
+        assert not parts & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+
+
+# Held-out documents
+
+
+def test_holdout_takes_whole_packages_and_files():
+    train, held_out = load_documents(DataConfig("stdlib", holdout=["json", "ast", "sqlite3"]))
+    assert {Path(d.name).parts[0] for d in held_out} == {"json", "ast.py", "sqlite3"}
+    assert not {d.name for d in train} & {d.name for d in held_out}
+    assert {"abc.py", "email"} <= {Path(d.name).parts[0] for d in train}
+
+
+def test_val_fraction_splits_by_content(tmp_path):
+    records = [{"text": f"text {i % 200}"} for i in range(400)]
+    config = DataConfig("jsonl", write_jsonl(tmp_path / "a.jsonl", records), val_fraction=0.25)
+    train, held_out = texts(config), texts(config, held_out=True)
+    assert len(train) + len(held_out) == 400
+    assert not set(train) & set(held_out)  # equal texts are on one side
+    assert 25 <= len(set(held_out)) <= 75  # 50 expected, a standard deviation is 6
+    shuffled = write_jsonl(tmp_path / "b.jsonl", records[::-1])
+    assert set(texts(replace(config, path=shuffled), held_out=True)) == set(held_out)
+
+
+def test_val_path_is_all_held_out(tmp_path):
+    for name in ("train", "val"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(5)])
+    config = DataConfig(
+        "jsonl", str(tmp_path / "train.jsonl"), val_path=str(tmp_path / "val.jsonl")
+    )
+    train, validation = load_corpora(config, BYTES)
+    assert len(train.ends) == len(validation.ends) == 5
+    assert validation.fingerprint == corpus_of(*(f"val {i}" for i in range(5))).fingerprint
+
+
+def test_ngram_overlap_is_the_share_found_in_training():
+    assert ngram_overlap(["a b c  d"], ["b c\nd e"], n=2) == pytest.approx(2 / 3)
+    assert ngram_overlap(["a b", "c d"], ["b c"], n=2) == 0.0  # n-grams do not cross documents
+    assert ngram_overlap(["a"], ["a"], n=2) == 0.0
+
+
+# Shards
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    records = [{"text": d.text} for d in some_documents(150)]
+    records[3] = {"prompt": "what? ", "completion": "that"}
+    return DataConfig(
+        "jsonl", write_jsonl(tmp_path / "a.jsonl", records), val_fraction=0.1, seq_len=16
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_are_the_corpus_in_memory(mixed, tmp_path, workers):
+    reported: list[int] = []
+    prepare_shards(mixed, tmp_path / "out", workers, shard_tokens=500, report=reported.append)
+    shards = DataConfig("shards", str(tmp_path / "out"), seq_len=16)
+    memory, opened = load_corpora(mixed, BYTES), load_corpora(shards, BYTES)
+    shard_files = (tmp_path / "out").glob("*/shard-*.npy")
+    found = Counter((file.parent.name, file.name.split(".")[1]) for file in shard_files)
+    assert found["train", "tokens"] == found["train", "keep"] > 2
+    assert found["validation", "tokens"] > 0 == found["validation", "keep"]  # no prompts there
+    assert sum(reported) == sum(len(corpus.tokens) for corpus in memory)
+    for left, right in zip(memory, opened, strict=True):
+        assert left.fingerprint == right.fingerprint and left.n_bytes == right.n_bytes
+        assert same(*(list(Batches(x, 16, 4, 2, epochs=1)) for x in (left, right)))
+
+
+def test_shards_bring_their_tokenizer(mixed, tmp_path):
+    prepare_shards(mixed, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_shards_of_another_tokenizer_are_refused(mixed, tmp_path):
+    prepare_shards(mixed, tmp_path / "out")
+    with pytest.raises(ValueError, match="data.tokenizer has digits"):
+        load_corpora(DataConfig("shards", str(tmp_path / "out")), Digits())
+
+
+def test_shards_are_never_overwritten(mixed, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out.*exists already"):
+        prepare_shards(mixed, tmp_path / "out")
+
+
+def test_failed_preparation_leaves_nothing(mixed, tmp_path):
+    Path(str(mixed.path)).write_text('{"text": "fine"}\n{"text": 1}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        prepare_shards(replace(mixed, val_fraction=0.0), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+# Streams
+
+
+def test_a_stream_has_the_rows_of_the_corpus():
+    documents = [*some_documents(), Document((("prompt", False), ("yes", True)))]
+    corpus = Corpus.from_documents(documents, BYTES)
+    whole = (len(corpus.tokens) - 3) // 4  # rows that need no padding
+    expected = take(Batches(corpus, 4, 3, batch_size=1, shuffle=False), whole)
+    assert same(take(StreamingBatches(lambda: documents, BYTES, 4, 3, 1), whole), expected)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 7, 20, 31])
+def test_resuming_a_stream_gives_the_same_stream(cut):
+    documents = [*some_documents(), Document((("prompt", False), ("yes", True)))]
+    batches = StreamingBatches(lambda: documents, BYTES, 4, 3, batch_size=2)
+    take(batches, cut)
+    state = json.loads(json.dumps(batches.state_dict()))
+    assert cut < 31 or state["document"] >= len(documents)  # this cut lies in the second pass
+    expected = take(batches, 30)
+    resumed = StreamingBatches(lambda: documents, BYTES, 4, 3, batch_size=2)
+    resumed.load_state_dict(state)
+    assert same(take(resumed, 30), expected)
+
+
+def test_ranks_partition_a_stream_and_its_state_moves():
+    documents = some_documents()
+    alone = StreamingBatches(lambda: documents, BYTES, 4, 3, batch_size=4)
+    take(alone, 3)
+    ranks = [StreamingBatches(lambda: documents, BYTES, 4, 3, 2, r, 2) for r in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(alone.state_dict())
+    for _ in range(9):
+        assert same([next(rank) for rank in ranks], [next(alone)])
+
+
+def test_the_state_of_another_stream_is_refused():
+    one, other = some_documents(seed=1), some_documents(seed=2)
+    left = StreamingBatches(lambda: one, BYTES, 4, 3, 1)
+    right = StreamingBatches(lambda: other, BYTES, 4, 3, 1)
+    take(left, 5)
+    with pytest.raises(ValueError, match="its ahead is"):
+        right.load_state_dict(left.state_dict())
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"source": "csv"}, "data.source='csv': allowed: text, folder"),
+        ({"source": "text"}, "data.path: source='text' needs one"),
+        ({"path": "x"}, "data.path: source='stdlib'"),
+        ({"source": "folder", "path": "x"}, "data.pattern"),
+        ({"val_path": "x"}, "data.val_path"),
+        ({"source": "text", "path": "x", "val_split": "test"}, "data.val_split"),
+        ({"streaming": True}, "data.streaming"),
+        ({"source": "datasets", "path": "x", "streaming": True}, "val_split or val_path"),
+        ({"source": "jsonl", "path": "x", "holdout": ["json"]}, "data.holdout"),
+        ({"source": "text", "path": "x", "val_path": "y", "holdout": ["z"]}, "data.holdout"),
+        ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
+        ({"seq_len": 0}, "data.seq_len=0"),
+        ({"seed": -1}, "data.seed=-1"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (b'{"text": "a"}\n{"text": "b\xff"}\n', r"a\.jsonl: no UTF-8 at byte 25"),
+        (b'{"text": "a"}\n{"text"\n', r"a\.jsonl, line 2: no JSON"),
+        (b'["text"]\n', "line 1: holds list"),
+        (b'{"body": "a"}\n', r"line 1: has the keys \['body'\].*data.text_key='text'"),
+        (b'{"text": null}\n', "'text' must be a string"),
+        (b'{"text": "\\ud800"}\n', "line 1: 'text'.*surrogates"),
+        (b'{"messages": "hi"}\n', "messages must be a list"),
+        (b'{"messages": [{"content": "hi"}]}\n', "'role' must be a string"),
+        (b'{"messages": ["hi"]}\n', "'role' must be a string"),
+    ],
+)
+def test_bad_records_are_refused_by_place(tmp_path, lines, message):
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    with pytest.raises(ValueError, match=message):
+        texts(DataConfig("jsonl", str(tmp_path), val_fraction=0.0))
+
+
+def test_files_that_are_no_utf8_are_refused_by_place(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match=r"a\.txt: no UTF-8 at byte 3"):
+        texts(DataConfig("text", str(tmp_path)))
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "folder"])
+def test_missing_and_empty_sources_are_refused_by_name(tmp_path, source):
+    if source == "parquet":
+        pytest.importorskip("pyarrow")
+    for path, message in (("nowhere", "no file or folder .*nowhere"), (".", f"'{source}'.*no tra")):
+        config = DataConfig(source, str(tmp_path / path), pattern="*.x")
+        with pytest.raises(ValueError, match=message):
+            texts(config)
+
+
+def test_an_empty_validation_part_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("only one document")
+    config = DataConfig("text", str(tmp_path), val_fraction=0.0)
+    with pytest.raises(ValueError, match="no validation documents.*data.val_fraction"):
+        load_corpora(config, BYTES)
+
+
+def test_a_misspelt_holdout_is_refused():
+    with pytest.raises(ValueError, match=r"data.holdout.*\['jsonn'\]"):
+        texts(DataConfig("stdlib", pattern="json/*.py", holdout=["json", "jsonn"]), held_out=True)
+
+
+def test_shards_hold_no_documents_and_must_exist(tmp_path):
+    config = DataConfig("shards", str(tmp_path))
+    with pytest.raises(ValueError, match="no shards in"):
+        load_corpora(config, BYTES)
+    with pytest.raises(ValueError, match="holds token ids"):
+        load_documents(config)
+
+
+def test_a_stream_is_no_corpus():
+    config = DataConfig("datasets", "x", streaming=True, val_split="validation")
+    with pytest.raises(ValueError, match="StreamingBatches"):
+        load_corpus(config, BYTES, held_out=False)
+
+
+def test_empty_corpora_and_streams_are_refused():
+    with pytest.raises(ValueError, match="at least one document"):
+        Corpus.from_documents([], BYTES)
+    with pytest.raises(ValueError, match="stream is empty"):
+        StreamingBatches(list, BYTES, 4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seq_len": 9}, r"9 tokens, one row needs 10"),
+        ({"seq_len": 0}, "seq_len=0"),
+        ({"n_future_tokens": 0}, "n_future_tokens=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"rank": 1}, "rank=1.*world_size=1"),
+    ],
+)
+def test_impossible_batches_are_refused_by_name(changes, message):
+    sizes = {"seq_len": 4, "n_future_tokens": 1, "batch_size": 1, **changes}
+    with pytest.raises(ValueError, match=message):
+        Batches(corpus_of("abcdefgh"), **sizes)
+
+
+def test_every_source_has_a_test():
+    assert set(SOURCES) == {"text", "folder", "stdlib", "jsonl", "parquet", "datasets", "shards"}
