@@ -137,3 +137,12 @@ def _seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def fastest_threads(model: Transformer, prompt: Sequence[int], new: int = 32) -> int:
+    """1, or all threads: on a busy machine two can be far slower than one. Fastest of a few."""
+    times = {}
+    for threads in (1, torch.get_num_threads()):
+        torch.set_num_threads(threads)
+        times[threads] = min(_seconds(lambda: bare_loop(model, prompt, new)) for _ in range(3))
+    return min(times, key=lambda threads: times[threads])

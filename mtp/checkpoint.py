@@ -135,8 +135,9 @@ def find(where: str | Path) -> Path:
     where = Path(where)
     if (where / _CONFIG).is_file():
         return where
+    folders = (where / "checkpoints").glob("step-*")
     found = sorted(
-        (where / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1])
+        (path for path in folders if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:])
     )
     if not found:
         raise FileNotFoundError(
@@ -159,10 +160,9 @@ def load(
 
 
 def load_config(folder: Path) -> ModelConfig:
-    text = (folder / _CONFIG).read_text()
     try:
-        config = json.loads(text)
-        version, values = config["format_version"], config["model"]
+        config = json.loads((folder / _CONFIG).read_text())
+        version, values = config["format_version"], dict(config["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _CONFIG} is no checkpoint config: {error!r}") from error
     if version != FORMAT_VERSION:
@@ -221,7 +221,11 @@ def load_training(where: str | Path) -> TrainingState:
         raise FileNotFoundError(
             f"{folder} holds no training state: it can be loaded, but training cannot go on from it"
         )
-    return TrainingState(json.loads((folder / _TRAINING).read_text()), _read(folder / _OPTIMIZER))
+    try:
+        progress = json.loads((folder / _TRAINING).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / _TRAINING} is damaged: {error}") from error
+    return TrainingState(progress, _read(folder / _OPTIMIZER))
 
 
 def load_tokenizer(where: str | Path) -> Tokenizer:

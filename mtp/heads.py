@@ -22,7 +22,7 @@ Blocks of heads are taken from the trunk; linear and residual heads are small an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,27 +133,38 @@ class AnticausalHeads(nn.Module):
 Heads = ParallelHeads | CausalHeads | AnticausalHeads
 
 
+class HeadKind(NamedTuple):
+    """build(n, dim, block factory) -> heads. takes_blocks: they are blocks of the trunk."""
+
+    build: Callable[[int, int, Callable[[], nn.Module]], Heads]
+    takes_blocks: bool
+
+
+def _parallel(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+    return ParallelHeads([block() for _ in range(n)], layers_per_head=1)
+
+
 def _linear(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
     return ParallelHeads([LinearHead(dim) for _ in range(n)], layers_per_head=0)
 
 
 def _residual(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
-    return ParallelHeads(
-        [IdentityHead(), *(ResidualHead(dim) for _ in range(n - 1))], layers_per_head=0
-    )
+    later = [ResidualHead(dim) for _ in range(n - 1)]
+    return ParallelHeads([IdentityHead(), *later], layers_per_head=0)
 
 
-HEADS: dict[str, Callable[[int, int, Callable[[], nn.Module]], Heads]] = {
-    "transformer": lambda n, dim, block: ParallelHeads(
-        [block() for _ in range(n)], layers_per_head=1
-    ),
-    "linear": _linear,
-    "residual": _residual,
-    "causal": lambda n, dim, block: CausalHeads([block() for _ in range(n)]),
-    "anticausal": lambda n, dim, block: AnticausalHeads([block() for _ in range(n)]),
+def _causal(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+    return CausalHeads([block() for _ in range(n)])
+
+
+def _anticausal(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+    return AnticausalHeads([block() for _ in range(n)])
+
+
+HEADS: dict[str, HeadKind] = {
+    "transformer": HeadKind(_parallel, takes_blocks=True),
+    "linear": HeadKind(_linear, takes_blocks=False),
+    "residual": HeadKind(_residual, takes_blocks=False),
+    "causal": HeadKind(_causal, takes_blocks=True),
+    "anticausal": HeadKind(_anticausal, takes_blocks=True),
 }
-BLOCK_KINDS = (
-    "transformer",
-    "causal",
-    "anticausal",
-)  # kinds whose heads are blocks taken from the trunk

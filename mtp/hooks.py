@@ -85,7 +85,9 @@ class TensorBoard:
 
 
 class Samples:
-    """A hook: continues a prompt greedily, `first` seconds into the run and then every `every`."""
+    """A hook: continues a prompt greedily, as far as the context reaches, `first` seconds into the
+    run and then every `every`.
+    """
 
     def __init__(
         self,
@@ -102,6 +104,8 @@ class Samples:
         if progress.seconds < self.next or rank() != 0:
             return
         self.next = progress.seconds + self.every
-        request = Request(self.tokenizer.encode(self.prompt), self.new_tokens)
+        context: int = progress.model.config.max_seq_len  # type: ignore[assignment, union-attr]
+        prompt = self.tokenizer.encode(self.prompt)[: context - 1] or [self.tokenizer.end_id]
+        request = Request(prompt, min(self.new_tokens, context - len(prompt)))
         text = self.tokenizer.decode(generate(progress.model, [request])[0].tokens)
         log.info("   sample: %s", f"{self.prompt}⟶{text}".replace("\n", "\n           "))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp.decode.contract import Layout
-from mtp.heads import BLOCK_KINDS, HEADS
+from mtp.heads import HEADS
 from mtp.loss import CUTS, Score
 
 UNEMBEDDINGS = ("shared", "replicated")
@@ -74,7 +74,7 @@ class ModelConfig:
             raise ValueError(
                 f"dim={self.dim} must split into n_heads={self.n_heads} heads of even width"
             )
-        if self.n_heads % self.kv_heads:
+        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}"
             )
@@ -94,11 +94,11 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def trunk_layers(self) -> int:
-        return self.n_layers - self.n_future_tokens if self.head in BLOCK_KINDS else self.n_layers
+        return self.n_layers - (self.n_future_tokens if HEADS[self.head].takes_blocks else 0)
 
     @property
     def ffn_dim(self) -> int:
@@ -259,7 +259,9 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.trunk = nn.ModuleList([Block(config) for _ in range(config.trunk_layers)])
-        self.heads = HEADS[config.head](config.n_future_tokens, config.dim, lambda: Block(config))
+        self.heads = HEADS[config.head].build(
+            config.n_future_tokens, config.dim, lambda: Block(config)
+        )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = Unembedding(config)
         if config.tie_embeddings:
@@ -375,6 +377,11 @@ class Transformer(nn.Module):
         return self.heads.rest_layers
 
     @property
+    def extra_heads(self) -> int:
+        """How many heads can draft."""
+        return self.config.n_future_tokens - 1
+
+    @property
     def memo_dim(self) -> int:
         return self.config.dim * self.heads.memo_copies
 
@@ -386,8 +393,8 @@ class Transformer(nn.Module):
         )
 
     def read(self, tokens: Tensor, layout: Layout, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Feed tokens (R, T) -> latent of head 1 (R, T, D), memo (R, T, D'): what `guess` needs for
-        the other heads.
+        """Under no_grad: feed tokens (R, T) -> latent of head 1 (R, T, D), memo (R, T, D'): what
+        `guess` needs for the other heads.
         """
         rotation = self.rotary(layout.positions)
         x = self.embedding(tokens)

@@ -3,7 +3,7 @@
 
     run_dir/checkpoints/step-00001000/   what `mtp.load(run_dir)` opens
     run_dir/metrics.jsonl                one object per logged step
-    run_dir/config.json                  the configuration as it was run
+    run_dir/run.json                     the configuration as it was run
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     model_config = replace(config.model, vocab_size=tokenizer.vocab_size)
     if config.data.seq_len > model_config.max_seq_len:
         raise ValueError(
-            f"data.seq_len={config.data.seq_len} exceeds model.max_seq_len={model_config.max_seq_len}"
+            f"data.seq_len={config.data.seq_len} exceeds "
+            f"model.max_seq_len={model_config.max_seq_len}"
         )
     if config.data.seq_len < model_config.n_future_tokens:
         raise ValueError(
@@ -73,12 +74,13 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     if config.dry_run:
         return None
     state = _open_run_dir(run_dir, config.resume)
-    (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    (run_dir / "run.json").write_text(json.dumps(asdict(config), indent=1))
     held_out = load_corpus(config.data, tokenizer, True)
     batches, notes = _batches(config, tokenizer, model_config.n_future_tokens)
     generator = torch.Generator().manual_seed(config.train.seed)
     model = Transformer(model_config, generator).to(device)
     if state is not None:
+        _check_same(checkpoint.load_config(checkpoint.find(run_dir)), model_config)
         checkpoint.load_weights(model, checkpoint.find(run_dir))
     notes |= {"tokenizer": tokenizer.fingerprint}
 
@@ -114,9 +116,12 @@ def find_device(name: str) -> torch.device:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r} is unknown: allowed are auto, cpu, cuda, mps") from None
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown, or not of this machine
+        raise ValueError(
+            f"device={name!r} does not work here ({str(error).splitlines()[0]}): "
+            f"allowed are auto, cpu, cuda, mps"
+        ) from None
 
 
 def evaluator(
@@ -124,8 +129,11 @@ def evaluator(
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """Validation on eval_batches batches, the same each time and spread over the held-out text."""
 
+    batches = Batches(held_out, config.data.seq_len, n, config.train.batch_size, epochs=1)
+    start = batches.state_dict()
+
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        batches = Batches(held_out, config.data.seq_len, n, config.train.batch_size, epochs=1)
+        batches.load_state_dict(start)
         chosen = islice(batches, config.train.eval_batches)
         return validate(model, chosen, n, held_out.bytes_per_token)
 
@@ -162,6 +170,16 @@ def _open_run_dir(run_dir: Path, resume: bool) -> checkpoint.TrainingState | Non
     return checkpoint.load_training(run_dir) if resume else None
 
 
+def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
+    """Some keys, such as model.head, change what weights mean but not their shapes."""
+    old, new = asdict(saved), asdict(wanted)
+    changed = [f"model.{k}={new[k]!r} (saved: {old[k]!r})" for k in new if new[k] != old[k]]
+    if changed:
+        raise ValueError(
+            f"resume=true, but the checkpoint's model is another: {', '.join(changed)}"
+        )
+
+
 def _step(state: checkpoint.TrainingState | None) -> int:
     return state.progress["step"] if state else 0
 
@@ -186,7 +204,7 @@ def estimate(model: ModelConfig, config: TrainConfig, seq_len: int) -> dict[str,
     width = 2 if config.precision == "bfloat16" else 4
     activations = tokens * len(shapes.blocks) * (12 * model.dim + 4 * model.ffn_dim) * width
     per_token = 6 * multiplied + 6 * model.n_layers * model.dim * seq_len
-    saves = 1 + (config.steps // config.save_every if config.save_every else 0)
+    saves = -(-config.steps // config.save_every) if config.save_every else 1
     return {
         "parameters": parameters,
         "memory_bytes": 16 * parameters + activations,

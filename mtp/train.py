@@ -173,14 +173,15 @@ def train(
         progress.done = _done(progress, config)
         due = _Due(progress.step, finished(progress, config))
         progress.metrics = {}
-        if due.every(config.log_every) or progress.step == 1:
+        saves = due.every(config.save_every)  # what it saves is finite, and a resumed log the same
+        if progress.step == 1 or due.every(config.log_every) or saves:
             progress.metrics = meter.read(progress.step) | {"lr": lr}
         with torch.compiler.set_stance("force_eager"):  # other shapes would compile again
             if evaluate and due.every(config.eval_every):
                 progress.metrics |= evaluate(model)
             for hook in hooks:
                 hook(progress)
-        if save and due.every(config.save_every):
+        if save and saves:
             save(progress, optimizer)
     return progress
 
@@ -308,7 +309,7 @@ def compile_blocks(model: nn.Module) -> None:
     except Exception as error:  # whatever a missing or broken tool chain raises
         log.warning(
             "torch.compile does not work here, training goes on without it (%s)",
-            str(error).splitlines()[0],
+            (str(error) or repr(error)).splitlines()[0],
         )
         torch._dynamo.reset()
         return
@@ -329,19 +330,22 @@ def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Ten
 def restore(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: checkpoint.TrainingState
 ) -> None:
-    """The inverse of `capture`; ValueError names a parameter whose state is missing."""
+    """The inverse of `capture`; ValueError names a parameter whose state does not fit."""
     for name, p in model.named_parameters():
         own = {
             k.removeprefix(f"{name}."): t
             for k, t in state.optimizer.items()
             if k.rpartition(".")[0] == name
         }
-        if p.requires_grad and set(own) != {"step", "exp_avg", "exp_avg_sq"}:
+        shapes = {k: tuple(t.shape) for k, t in own.items()}
+        like = tuple(p.shape)
+        if p.requires_grad and shapes != {"step": (), "exp_avg": like, "exp_avg_sq": like}:
             raise ValueError(
                 f"the checkpoint's optimizer state does not fit the model: "
-                f"{name} has {sorted(own) or 'none'}"
+                f"{name} {like} has {shapes or 'none'}"
             )
-        optimizer.state[p] = {k: t.to(p.device) for k, t in own.items()}
+        if p.requires_grad:
+            optimizer.state[p] = {k: t.to(p.device) for k, t in own.items()}
 
 
 @torch.no_grad()

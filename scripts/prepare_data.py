@@ -1,7 +1,7 @@
-"""Tokenises a data set once, into a folder of memory-mapped shards that training opens.
+"""Tokenise a data set once, into a folder of memory-mapped shards that training opens.
 
-python scripts/prepare_data.py out=/data/code data.source=folder data.path=src data.pattern=*.py
-python scripts/train.py data.source=shards data.path=/data/code
+python scripts/prepare_data.py out=/data/code data.source=folder data.path=src 'data.pattern="*.py"'
+python scripts/train.py data=shards data.path=/data/code data.tokenizer=/data/code/tokenizer
 """
 
 import sys
@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
 from mtp.data import DataConfig, prepare_shards
+from scripts.cli import launch
 
 
 @dataclass
@@ -22,9 +21,6 @@ class PrepareConfig:
     data: DataConfig = field(default_factory=DataConfig)
     workers: int = 2
     shard_tokens: int = 2**26
-
-
-ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
 
 
 def progress() -> Callable[[int], None]:
@@ -43,15 +39,10 @@ def progress() -> Callable[[int], None]:
     return report
 
 
-@hydra.main(version_base=None, config_path="../configs", config_name="prepare_data")
-def main(config: DictConfig) -> None:
-    prepare = OmegaConf.to_object(config)
-    assert isinstance(prepare, PrepareConfig)
-    prepare_shards(
-        prepare.data, prepare.out, prepare.workers, prepare.shard_tokens, report=progress()
-    )
-    print(f"written: {prepare.out}", file=sys.stderr)
+def prepare(config: PrepareConfig) -> None:
+    prepare_shards(config.data, config.out, config.workers, config.shard_tokens, progress())
+    print(f"written: {config.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    launch("prepare_data", PrepareConfig, prepare)

@@ -12,9 +12,9 @@ from mtp.heads import HEADS
 from mtp.model import ModelConfig, Transformer
 
 KINDS = tuple(HEADS)
-DATA = Path(
-    os.environ.get("MTP_TEST_DATA", "/nonexistent")
-)  # shared evaluation data; tests that want it skip without
+BLOCK_KINDS = tuple(kind for kind in KINDS if HEADS[kind].takes_blocks)
+# Shared evaluation data; tests that want it skip without.
+DATA = Path(os.environ.get("MTP_TEST_DATA", "/nonexistent"))
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class OwnHeads:
         self.depth = depth or 0
 
     def begin(self, model: Any, rows: int, slots: int) -> None:
-        most = model.config.n_future_tokens - 1
+        most = model.extra_heads
         if most < 1:
             raise ValueError(
                 "the model has n_future_tokens=1 and no head to draft with: use no drafter"
@@ -93,4 +93,14 @@ def _at(x: Tensor, columns: Sequence[int]) -> Tensor:
     return x[torch.arange(len(columns), device=x.device), torch.tensor(columns, device=x.device)]
 
 
-DRAFTERS: dict[str, type[Drafter]] = {"none": NoDraft, "heads": OwnHeads}
+DRAFTERS: dict[str, Callable[[int | None], Drafter]] = {
+    "none": lambda depth: NoDraft(),
+    "heads": OwnHeads,
+}
+
+
+def make_drafter(name: str, depth: int | None = None) -> Drafter:
+    """A drafter by its word; depth None lets it choose. ValueError names the allowed words."""
+    if name not in DRAFTERS:
+        raise ValueError(f"drafter={name!r} is unknown: allowed are {', '.join(DRAFTERS)}")
+    return DRAFTERS[name](depth)

@@ -179,7 +179,7 @@ class _Loop:
         for row, (*guesses, accepted, following) in enumerate(result):
             if self.owner[row] is not None:
                 state.length[row] += accepted + 1
-                self._count(row, len(guesses), accepted)
+                self._count(row, guesses, accepted)
                 self._emit(row, [*guesses[:accepted], following], accepted)
         self._write_pending()
 
@@ -192,13 +192,13 @@ class _Loop:
             else self.requests[owner].max_new_tokens - len(self.completions[owner].tokens)
         )
 
-    def _count(self, row: int, k: int, accepted: int) -> None:
-        completion = self.completions[self.owner[row]]  # type: ignore[index]
+    def _count(self, row: int, guesses: list[int], accepted: int) -> None:
+        completion, k = self.completions[self.owner[row]], len(guesses)  # type: ignore[index]
         completion.steps += 1
         completion.drafted += [0] * (k - len(completion.drafted))
         completion.accepted += [0] * (k - len(completion.accepted))
-        for depth in range(k):
-            completion.drafted[depth] += 1
+        for depth, guess in enumerate(guesses):
+            completion.drafted[depth] += guess >= 0  # -1: nothing was offered
             completion.accepted[depth] += depth < accepted
 
     def _emit(self, row: int, tokens: list[int], accepted: int) -> None:

@@ -35,7 +35,7 @@ def uniform(seed: Tensor, first: Sequence[int], count: int, width: int, purpose:
         + purpose * 0x3C6EF372FE94F82B
     )
     x = _mix(x)[:, :, None] + torch.arange(width, device=device) * 0x632BE59BD9B4E019
-    return (((_mix(x) >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    return (((_mix(x) >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52  # exact: never 0 or 1
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -76,9 +76,8 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = logits.sort(-1, descending=True)
             mass = ordered.softmax(-1)
-            cut = (mass.cumsum(-1) - mass >= self.top_p).scatter(
-                -1, order, mass.cumsum(-1) - mass >= self.top_p
-            )
+            beyond = mass.cumsum(-1) - mass >= self.top_p  # enough mass stands before it
+            cut = torch.zeros_like(beyond).scatter(-1, order, beyond)
             logits = logits.masked_fill(cut, -math.inf)
         return logits
 

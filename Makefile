@@ -1,0 +1,32 @@
+# Two commands: `make demo` does the main job, `make test` checks everything. Each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-warn-script-location -q -c .ci/constraints.txt
+
+.PHONY: demo test clean
+
+demo:
+	@started=$$(date +%s) && $(MAKE) -s .venv/.demo && $(BIN)/python -m scripts.demo started=$$started
+
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/.demo: pyproject.toml .ci/constraints.txt | .venv/bin/python
+	@echo "installing torch and a few small packages into .venv ..."
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml .ci/constraints.txt | .venv/bin/python
+	@echo "installing everything for development into .venv ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@ .venv/.demo
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, this is " + sys.version)'
+	@$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

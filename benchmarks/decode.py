@@ -1,0 +1,147 @@
+"""How much faster does a model decode when its own heads draft? Exactly the same text, or the
+figures do not count.
+
+    python benchmarks/decode.py model=runs/demo prompts=16
+
+Autoregressive decoding, self-speculative decoding and the plainest cached loop take turns on every
+prompt, in one process, greedy, batch 1, fp32; ratios are per prompt, their median is reported with
+the interquartile range. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import mtp
+from benchmarks.bare import bare_loop, fastest_threads, verify_cost
+from benchmarks.record import parse, record
+from mtp.data import DataConfig, Document, iter_documents
+from mtp.decode.contract import Completion
+from mtp.model import Transformer
+from mtp.tokenizer import Tokenizer
+
+
+@dataclass
+class DecodeConfig:
+    model: str = "runs/demo"
+    prompts: int = 16
+    prompt_tokens: int = 128
+    new_tokens: int = 256
+    rounds: int = 2
+
+
+@dataclass
+class Decoded:
+    """One prompt under both decoders, with each decoder's fastest time of all rounds."""
+
+    prompt: list[int]
+    plain: Completion
+    drafted: Completion
+    same: bool
+    seconds: dict[str, float]
+
+
+def held_out_prompts(
+    documents: Sequence[Document], tokenizer: Tokenizer, count: int, length: int
+) -> list[list[int]]:
+    """`count` prompts of `length` tokens, each from a line's start in the middle of a document."""
+    long = [d.text for d in documents if len(d.text) > 20 * length]
+    if len(long) < count:
+        raise ValueError(f"{count} prompts were asked for, but only {len(long)} documents are long")
+    texts = [long[i * len(long) // count] for i in range(count)]
+    starts = [text.rfind("\n", 0, len(text) // 2) + 1 for text in texts]
+    return [
+        tokenizer.encode(t[at : at + 8 * length])[:length]
+        for t, at in zip(texts, starts, strict=True)
+    ]
+
+
+def decode(model: Transformer, prompt: list[int], config: DecodeConfig) -> Decoded:
+    request = [mtp.Request(prompt, config.new_tokens)]
+    ways: dict[str, Callable[[], Any]] = {
+        "plain": lambda: mtp.generate(model, request)[0],
+        "drafted": lambda: mtp.generate(model, request, mtp.OwnHeads())[0],
+        "bare": lambda: bare_loop(model, prompt, config.new_tokens),
+    }
+    results: dict[str, Any] = {}
+    seconds = dict.fromkeys(ways, float("inf"))
+    for turn in range(config.rounds):
+        for name in sorted(ways, reverse=bool(turn % 2)):
+            started = time.perf_counter()
+            results[name] = ways[name]()
+            seconds[name] = min(seconds[name], time.perf_counter() - started)
+    plain, drafted = results["plain"], results["drafted"]
+    same = plain.tokens == drafted.tokens == results["bare"]
+    return Decoded(prompt, plain, drafted, same, seconds)
+
+
+def measure(
+    model: Transformer,
+    prompts: list[list[int]],
+    config: DecodeConfig,
+    report: Callable[[Decoded], None] = lambda done: None,
+) -> tuple[dict[str, Any], list[Decoded]]:
+    """Figures of all prompts, and the completions themselves."""
+    torch.set_num_threads(fastest_threads(model, prompts[0]))
+    decode(model, prompts[0], config)  # warm-up
+    done = []
+    for prompt in prompts:
+        done.append(decode(model, prompt, config))
+        report(done[-1])
+    steps = sum(d.drafted.steps for d in done)
+    accepted = [sum(x) for x in zip(*(d.drafted.accepted for d in done), strict=True)]
+    drafted = [sum(x) for x in zip(*(d.drafted.drafted for d in done), strict=True)]
+    speedup = [d.seconds["plain"] / d.seconds["drafted"] for d in done]
+    against_bare = [d.seconds["bare"] / d.seconds["plain"] for d in done]
+    figures = {
+        "prompts": len(done),
+        "new_tokens": config.new_tokens,
+        "identical": all(d.same for d in done),
+        "mean_acceptance_length": 1 + sum(accepted) / steps,
+        "acceptance": [a / d for a, d in zip(accepted, drafted, strict=True)],
+        "repetition": statistics.mean(repetition(d.plain.tokens) for d in done),
+        "verify_cost": verify_cost(model, config.prompt_tokens + config.new_tokens // 2),
+        "speedup": statistics.median(speedup),
+        "speedup_iqr": spread(speedup),
+        "ar_over_bare_loop": statistics.median(against_bare),
+        "ar_over_bare_loop_iqr": spread(against_bare),
+        "decode_threads": torch.get_num_threads(),
+    }
+    return figures, done
+
+
+def repetition(tokens: list[int], n: int = 16) -> float:
+    """Share of n-grams that occurred before in the same text: near 1, a greedy loop flatters its
+    drafts.
+    """
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def spread(values: list[float]) -> list[float]:
+    """First and third quartile."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return [low, high]
+
+
+def main() -> None:
+    config = parse(DecodeConfig, sys.argv[1:])
+    model, tokenizer = mtp.load(config.model), mtp.load_tokenizer(config.model)
+    data = DataConfig(holdout=["email", "json", "sqlite3", "tomllib", "wsgiref"])
+    documents = list(iter_documents(data, held_out=True))
+    prompts = held_out_prompts(documents, tokenizer, config.prompts, config.prompt_tokens)
+    figures, _ = measure(model, prompts, config)
+    record("decode", figures, config)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What people would rather look at: the loss curve of a run, and a page that shows who guessed
+what.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mtp.decode.contract import Completion
+
+# Head 1 (the target's own token) is plain; deeper guesses are warmer. Told apart by colour-blind
+# readers too: lightness falls with depth.
+COLOURS = ("#ffffff", "#d7ecff", "#9fd3ff", "#ffd27a", "#ff9d5c", "#e06c4c", "#c04a6b", "#8d4fa8")
+
+
+def loss_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training loss per head against tokens seen, and held-out loss where it was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130, layout="constrained")
+    heads = [key for key in rows[-1] if key.startswith("loss_")]
+    for i, key in enumerate(heads):
+        colour = f"C{i}"
+        tokens = [row["tokens"] / 1e6 for row in rows if key in row]
+        axes.plot(tokens, [row[key] for row in rows if key in row], color=colour, lw=1.4)
+        held_out = [(row["tokens"] / 1e6, row[f"val_{key}"]) for row in rows if f"val_{key}" in row]
+        axes.plot(*zip(*held_out, strict=True), "o", color=colour, label=f"head {i + 1}")
+    axes.set_xlabel("training tokens (millions)")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_title("Loss per head: training (line), held out (dot)", fontsize=11)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def heads_page(
+    title: str,
+    sentence: str,
+    completions: Iterable[tuple[str, Completion]],
+    show: Callable[[int], str],
+    path: Path,
+) -> None:
+    """An HTML page: every generated token on the colour of the head that guessed it. `show`: token
+    id -> text.
+    """
+    done = list(completions)
+    deepest = max((head for _, c in done for head in c.heads), default=1)
+    legend = " ".join(
+        _mark(h, f" head {h} " if h > 1 else " head 1 ") for h in range(1, deepest + 1)
+    )
+    blocks = "".join(_block(prompt, completion, show) for prompt, completion in done)
+    path.write_text(
+        f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1d2330; background: #f6f7f9 }}
+pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
+      overflow-wrap: anywhere; background: #fff; border: 1px solid #dfe3ea; border-radius: 6px;
+      padding: .8rem }}
+.prompt {{ color: #8a93a3 }} small {{ color: #5c6675 }}
+i {{ font-style: normal; border-radius: 2px }}
+</style>
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(sentence)}</p>
+<p>Each new token stands on the colour of the head that guessed it; on white is what the next-token
+head added itself, one token per step. {legend}</p>
+{blocks}</html>
+""",
+        encoding="utf-8",
+    )
+
+
+def _block(prompt: str, completion: Completion, show: Callable[[int], str]) -> str:
+    pairs = zip(completion.heads, completion.tokens, strict=True)
+    marked = "".join(
+        _mark(head, "".join(show(token) for _, token in group))
+        for head, group in groupby(pairs, key=lambda pair: pair[0])
+    )
+    length = completion.mean_acceptance_length
+    caption = f"{len(completion.tokens)} tokens in {completion.steps} steps, {length:.2f} per step"
+    shown = f'<span class="prompt">{html.escape(prompt)}</span>{marked}'
+    return f"<small>{caption}</small><pre>{shown}</pre>\n"
+
+
+def _mark(head: int, text: str) -> str:
+    colour = COLOURS[min(head, len(COLOURS)) - 1]
+    ink = "#fff" if head > 5 else "inherit"
+    return f'<i style="background:{colour};color:{ink}" title="head {head}">{html.escape(text)}</i>'

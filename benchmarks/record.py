@@ -1,0 +1,103 @@
+"""How a result is kept: one JSON file per answer, with what is needed to judge and repeat it.
+
+Also the small parser by which benchmarks take `key=value` words over a dataclass, so that they run
+where only torch and the checkout are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+
+
+def record(
+    name: str, values: Mapping[str, Any], config: Any = None, folder: Path | None = None
+) -> Path:
+    """Write `name`.json (default: benchmarks/results/) with values, command, commit, machine, date.
+
+    `values` holds plain JSON; a measured figure stands beside its spread and its baseline.
+    """
+    folder = folder or ROOT / "benchmarks" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    entry = {"name": name, **circumstances(), "values": dict(values)}
+    if config is not None:
+        entry["config"] = asdict(config)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entry, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def circumstances() -> dict[str, Any]:
+    """Command, commit, hardware, software and date of this process."""
+    script = Path(sys.argv[0]).resolve()
+    shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    return {
+        "command": shlex.join(["python", shown, *sys.argv[1:]]),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else ""),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(),
+        "load": round(os.getloadavg()[0], 2),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def hardware() -> str:
+    """The accelerator, or the processor and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def parse(kind: type[T], words: Sequence[str]) -> T:
+    """`key=value` words -> the dataclass; values are JSON where they parse as such, else text."""
+    hints, given = get_type_hints(kind), {}
+    allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in allowed:
+            raise SystemExit(f"error: {word!r}: give key=value, keys are {', '.join(allowed)}")
+        given[key] = _value(text, hints[key], key)
+    return kind(**given)
+
+
+def _value(text: str, hint: Any, key: str) -> Any:
+    if hint is str:
+        return text
+    try:
+        value = json.loads(text.lower() if text in ("True", "False") else text)
+        if hint is float and type(value) is int:
+            value = float(value)
+        if isinstance(hint, type) and type(value) is not hint:
+            raise ValueError
+    except ValueError:
+        wanted = getattr(hint, "__name__", hint)
+        raise SystemExit(f"error: {key}={text!r} is no value of type {wanted}") from None
+    return value

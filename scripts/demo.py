@@ -1,0 +1,124 @@
+"""The main job in one command (`make demo`): train, save, load, decode with the model's own heads.
+
+Trains what configs/experiment/demo.yaml says, then completes held-out prompts autoregressively and
+self-speculatively and leaves in run_dir: checkpoints/, metrics.jsonl, loss.png, heads.html and
+summary.json. Words like train.steps=100 override the configuration.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+import mtp
+from benchmarks.decode import DecodeConfig, Decoded, held_out_prompts, measure
+from benchmarks.pictures import heads_page, loss_curve
+from benchmarks.record import circumstances
+from mtp.documents import load_documents, ngram_overlap
+from mtp.hooks import read_jsonl
+from mtp.run import RunConfig, run
+from scripts.cli import CONFIGS, register
+
+BUDGET = 480  # seconds for everything, installation included
+AFTER_TRAINING = 90  # of these, kept for loading, validation and decoding
+log = logging.getLogger("mtp")
+
+
+def compose(words: list[str]) -> RunConfig:
+    register("train", RunConfig)
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        config = OmegaConf.to_object(hydra.compose("train", overrides=["experiment=demo", *words]))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def main(words: list[str]) -> None:
+    """started=EPOCH, when the command began, lets the time of the installation count."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
+    started = next((float(w.split("=")[1]) for w in words if w.startswith("started=")), time.time())
+    config = compose([word for word in words if not word.startswith("started=")])
+    folder = Path(config.run_dir)
+    if (folder / "run.json").exists():
+        shutil.rmtree(folder)  # an earlier demo's: this one starts anew
+    training, held_out = load_documents(config.data)
+    overlap = ngram_overlap([d.text for d in training], [d.text for d in held_out])
+    log.info("%d files to train on, %d held out", len(training), len(held_out))
+    log.info("%.1f %% of the held-out 13-grams occur in the training part", 100 * overlap)
+    left = BUDGET - AFTER_TRAINING - (time.time() - started)
+    config.train.max_seconds = max(60.0, min(config.train.max_seconds or left, left))
+    progress = run(config)
+    assert progress is not None
+    model, tokenizer = mtp.load(folder), mtp.load_tokenizer(folder)
+    decoding = DecodeConfig(model=config.run_dir)
+    prompts = held_out_prompts(held_out, tokenizer, decoding.prompts, decoding.prompt_tokens)
+    log.info("%d held-out prompts: plainly, with heads, and the plainest loop", len(prompts))
+    figures, done = measure(model, prompts, decoding, report=said)
+    summary = {
+        "params": sum(p.numel() for p in model.parameters()),
+        "train_tokens": progress.tokens,
+        "train_seconds": progress.seconds,
+        "val_bits_per_byte": [v for k, v in progress.metrics.items() if "bits_per_byte" in k],
+        "acceptance_length_text": progress.metrics["val_acceptance_length"],
+        "held_out_13gram_overlap": overlap,
+        **figures,
+        **circumstances(),
+    }
+    pictures(folder, in_words(summary), [(tokenizer.decode(d.prompt), d.drafted) for d in done])
+    summary["total_seconds"] = time.time() - started
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(table(summary), in_words(summary), sep="\n\n")
+    print(f"\nLook at {folder}/heads.html and {folder}/loss.png.")
+
+
+def said(done: Decoded) -> None:
+    times = {name: f"{seconds:.2f} s" for name, seconds in done.seconds.items()}
+    log.info("   %s  accepted %.2f per step", times, done.drafted.mean_acceptance_length)
+
+
+def pictures(folder: Path, sentence: str, shown: list[tuple[str, mtp.Completion]]) -> None:
+    def visible(token: int) -> str:
+        return chr(token) if 32 <= token < 127 or token == 10 else "·"
+
+    loss_curve(list(read_jsonl(folder / "metrics.jsonl")), folder / "loss.png")
+    title = "Who guessed what: self-speculative decoding"
+    heads_page(title, sentence, shown, visible, folder / "heads.html")
+
+
+def in_words(f: dict[str, Any]) -> str:
+    tokens, accepted = len(f["acceptance"]) + 1, f["mean_acceptance_length"]
+    verdict = f"{f['speedup']:.2f} times " + ("faster" if f["speedup"] > 1 else "as fast: no gain")
+    same = "the same text" if f["identical"] else "OTHER TEXT, which is a bug"
+    return (
+        f"Verifying {tokens} tokens costs {f['verify_cost']:.2f} plain steps here and "
+        f"{accepted:.2f} are accepted per step, so decoding with the model's own heads is "
+        f"{verdict} and gives {same}."
+    )
+
+
+def table(s: dict[str, Any]) -> str:
+    low, high = s["speedup_iqr"]
+    rows = {
+        "parameters": f"{s['params'] / 1e6:.2f} M",
+        "trained on": f"{s['train_tokens'] / 1e6:.2f} MB in {s['train_seconds']:.0f} s",
+        "bits per byte, held out, heads 1..n": " ".join(f"{b:.2f}" for b in s["val_bits_per_byte"]),
+        "acceptance length, teacher-forced": f"{s['acceptance_length_text']:.2f}",
+        "acceptance length, decoded": f"{s['mean_acceptance_length']:.2f}",
+        "repeated 16-grams in what was decoded": f"{s['repetition']:.0%}",
+        "accepted at each depth": " ".join(f"{a:.2f}" for a in s["acceptance"]),
+        "cost of a verifying step, in plain steps": f"{s['verify_cost']:.2f}",
+        "speedup, median over prompts": f"{s['speedup']:.2f} (quartiles {low:.2f}, {high:.2f})",
+        "our plain decoding / the plainest loop": f"{s['ar_over_bare_loop']:.2f}",
+        "text identical": str(s["identical"]),
+        "all in all": f"{s['total_seconds']:.0f} s",
+    }
+    return "\n".join(f"{name:<42} {value}" for name, value in rows.items())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

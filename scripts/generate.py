@@ -1,0 +1,75 @@
+"""Continue prompts: `python scripts/generate.py checkpoint=runs/demo prompt='"def main"'`.
+
+With drafter=heads the model drafts for itself; the text is the same, in fewer steps. Prompts come
+from `prompt` or, one per line, from the file `prompts`. `--cfg job` prints every key.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+
+import mtp
+from mtp.decode.drafters import make_drafter
+from mtp.run import find_device
+from mtp.train import PRECISIONS
+from scripts.cli import launch
+
+
+@dataclass
+class GenerateConfig:
+    checkpoint: str = MISSING  # or a run directory, for its newest
+    prompt: str | None = None
+    prompts: str | None = None  # a file with one prompt per line
+    max_new_tokens: int = 256
+    samples: int = 1  # per prompt, with seeds seed, seed + 1, ...
+    seed: int = 0
+    drafter: str = "none"  # or heads
+    depth: int | None = None  # most guesses per step; null: all extra heads
+    rule: str = "match"
+    batch_size: int = 8
+    precision: str = "float32"
+    device: str = "auto"
+    sampling: mtp.Sampling = field(default_factory=mtp.Sampling)
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give either prompt=TEXT or prompts=FILE")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+
+
+def complete(config: GenerateConfig) -> None:
+    torch.set_num_threads(1)  # rows of one step are too small to share
+    model = mtp.load(config.checkpoint, find_device(config.device), PRECISIONS[config.precision])
+    tokenizer = mtp.load_tokenizer(config.checkpoint)
+    texts = Path(config.prompts).read_text().splitlines() if config.prompts else [config.prompt]
+    drafter = make_drafter(config.drafter, config.depth)
+    seeds = range(config.seed, config.seed + config.samples)
+    requests = [
+        mtp.Request(ids, config.max_new_tokens, seed, mtp.stop_at(tokenizer.end_id))
+        for ids in (tokenizer.encode(str(text)) for text in texts)
+        for seed in seeds
+    ]
+    started = time.perf_counter()
+    completions = mtp.generate(
+        model, requests, drafter, config.sampling, batch_size=config.batch_size, rule=config.rule
+    )
+    seconds = time.perf_counter() - started
+    for request, completion in zip(requests, completions, strict=True):
+        print(tokenizer.decode([*request.prompt, *completion.tokens]))
+    new, steps = sum(len(c.tokens) for c in completions), sum(c.steps for c in completions)
+    accepted = sum(sum(c.accepted) for c in completions)
+    length = 1 + accepted / max(1, steps)
+    print(
+        f"{new} new tokens in {seconds:.2f} s, {new / seconds:,.0f} tokens/s, "
+        f"mean acceptance length {length:.2f}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    launch("generate", GenerateConfig, complete)

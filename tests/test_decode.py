@@ -1,0 +1,525 @@
+"""One loop, many drafters: the text is the target's own, whatever is drafted, batched or rejected.
+
+A new drafter is one line in DRAFTERS. The truth is `naive`: no loop of the library, no cache.
+"""
+
+import doctest
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from conftest import BLOCK_KINDS, KINDS, p_value, tiny
+
+import mtp.decode.contract
+import mtp.decode.loop
+from mtp.decode.contract import Completion, Draft, NoDraft, Request, stop_at
+from mtp.decode.drafters import OwnHeads, make_drafter
+from mtp.decode.loop import generate
+from mtp.decode.sampling import RULES, Sampling
+
+VOCAB, END, NEW, N = 13, 3, 12, 4
+GREEDY = Sampling()
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "sampled": Sampling(1.0),
+    "top-k": Sampling(0.7, top_k=5),
+}
+FALSE_ALARM = 1e-4  # of one chi-square test, were its seeds chosen anew; they are fixed
+
+
+@cache
+def target(kind, device):
+    return tiny(kind, n_layers=5 if kind in BLOCK_KINDS else 1, gain=1.4).to(device)
+
+
+def some_prompts(count=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
+    return [torch.randint(VOCAB, (size,), generator=generator).tolist() for size in lengths]
+
+
+def some_requests(stop=True, **overrides):
+    """Seven prompts of uneven length, each with its own seed."""
+    end = stop_at(END) if stop else None
+    requests = [Request(prompt, NEW, 1000 + i, end) for i, prompt in enumerate(some_prompts())]
+    return [replace(request, **overrides) for request in requests]
+
+
+@torch.no_grad()
+def naive(model, request, sampling):
+    """The new tokens: the whole text is read anew for each of them."""
+    text, new = list(request.prompt), []
+    device = model.embedding.weight.device
+    while len(new) < request.max_new_tokens:
+        logits = model(torch.tensor([text], device=device))[:, -1:]
+        new.append(
+            int(sampling.choose(logits, torch.tensor([request.seed], device=device), [len(text)]))
+        )
+        text.append(new[-1])
+        if request.stop and request.stop(new):
+            break
+    return new
+
+
+def truths(model, requests, sampling=GREEDY):
+    return [naive(model, request, sampling) for request in requests]
+
+
+@cache
+def usual_truths(kind, sampling, device):
+    return truths(target(kind, device), some_requests(), SAMPLINGS[sampling])
+
+
+def texts(completions):
+    return [completion.tokens for completion in completions]
+
+
+class Oracle:
+    """Knows what is to come by the request's seed. spoil(true token) -> what it says instead."""
+
+    needs_memo = False
+
+    def __init__(self, requests, truth, depth=3, spoil=lambda token: token):
+        self.depth, self.spoil = depth, spoil
+        self.known = {r.seed: [*r.prompt, *new] for r, new in zip(requests, truth, strict=True)}
+
+    def begin(self, model, rows, slots):
+        pass
+
+    def admit(self, state, row, source):
+        pass
+
+    def propose(self, state, k):
+        rows = []
+        for seed, length in zip(state.seed.tolist(), state.length, strict=True):
+            coming = [self.spoil(token) for token in self.known.get(seed, [])[length + 1 :][:k]]
+            rows.append(coming + [-1] * (k - len(coming)))
+        return Draft(torch.tensor(rows, device=state.text.device))
+
+
+def wrong(token):
+    return (token + 1) % VOCAB
+
+
+def sometimes(change, seed=0, rate=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda token: change(token) if torch.rand((), generator=generator) < rate else token
+
+
+class Skipping:
+    """Asks its drafter for fewer guesses than it might, or for none."""
+
+    needs_memo = True
+
+    def __init__(self, inner, plan=(3, 0, 0, 1, 2, 0, 3, 1, 0, 0, 0, 2)):
+        self.inner, self.plan = inner, itertools.cycle(plan)
+
+    def begin(self, model, rows, slots):
+        self.inner.begin(model, rows, slots)
+        self.depth = self.inner.depth
+
+    depth = 0
+
+    def admit(self, state, row, source):
+        self.inner.admit(state, row, source)
+
+    def propose(self, state, k):
+        k = min(k, next(self.plan))
+        return self.inner.propose(state, k) if k else Draft(state.text[:, :0])
+
+
+DRAFTERS = {  # name -> (requests, their true texts) -> drafter
+    "none": lambda requests, truth: NoDraft(),
+    "heads": lambda requests, truth: OwnHeads(),
+    "one head": lambda requests, truth: OwnHeads(1),
+    "two heads": lambda requests, truth: OwnHeads(2),
+    "skipping": lambda requests, truth: Skipping(OwnHeads()),
+    "oracle": lambda requests, truth: Oracle(requests, truth, 5),
+    "hopeless": lambda requests, truth: Oracle(requests, truth, 3, wrong),
+    "half right": lambda requests, truth: Oracle(requests, truth, 4, sometimes(wrong)),
+    "gaps": lambda requests, truth: Oracle(requests, truth, 4, sometimes(lambda token: -1)),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_text_is_the_autoregressive_text(drafter, kind, sampling, device):
+    requests, truth = some_requests(), usual_truths(kind, sampling, device)
+    for count, batch_size in ((2, 1), (7, 3)):
+        got = generate(
+            target(kind, device),
+            requests[:count],
+            DRAFTERS[drafter](requests, truth),
+            SAMPLINGS[sampling],
+            batch_size=batch_size,
+        )
+        assert texts(got) == truth[:count]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_truths_end_early_late_and_at_once_so_that_the_tests_above_say_something(sampling, device):
+    lengths = {len(new) for kind in KINDS for new in usual_truths(kind, sampling, device)}
+    assert NEW in lengths and len(lengths) > 3
+    ends = [new[-1] == END for kind in KINDS for new in usual_truths(kind, sampling, device)]
+    assert any(ends) and not all(ends)
+
+
+@pytest.mark.parametrize("drafter", ["heads", "skipping"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_rule_gives_the_greedy_text_at_temperature_zero(kind, drafter, device):
+    requests, truth = some_requests(), usual_truths(kind, "greedy", device)
+    drafter = DRAFTERS[drafter](requests, truth)
+    got = generate(target(kind, device), requests, drafter, batch_size=3, rule="exact")
+    assert texts(got) == truth
+
+
+@pytest.mark.parametrize("unembedding", [{"unembedding": "replicated"}, {"tie_embeddings": True}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_the_same_with_other_unembeddings(kind, unembedding, device):
+    model, requests = tiny(kind, gain=1.4, **unembedding).to(device), some_requests()[:3]
+    assert texts(generate(model, requests, OwnHeads(), batch_size=3)) == truths(model, requests)
+
+
+def test_a_drafter_can_be_used_again_and_for_another_model(device):
+    drafter, requests = OwnHeads(), some_requests()
+    for kind in ("transformer", "linear", "transformer"):
+        got = generate(target(kind, device), requests, drafter, batch_size=3)
+        assert texts(got) == usual_truths(kind, "greedy", device)
+
+
+class Compared:
+    """Lets `lead` guess, and asks `inner` and a fresh copy of it for their logits on the side."""
+
+    needs_memo = True
+
+    def __init__(self, lead, fresh, plan=(1, 1, 0, 0, 0, 1, 0, 1)):
+        self.lead, self.fresh, self.inner = lead, fresh, fresh()
+        self.depth, self.plan, self.compared = lead.depth, itertools.cycle(plan), 0
+
+    def begin(self, model, rows, slots):
+        self.begin_with = (model, rows, slots)
+        self.inner.begin(*self.begin_with)
+
+    def admit(self, state, row, source):
+        self.inner.admit(state, row, source)
+
+    def propose(self, state, k):
+        if next(self.plan):
+            shown, fresh = replace(state, draw=lambda logits: logits), self.fresh()
+            fresh.begin(*self.begin_with)
+            wanted = fresh.propose(shown, fresh.depth)
+            got = self.inner.propose(shown, self.inner.depth)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+            self.compared += 1
+        return self.lead.propose(state, k)
+
+
+OWN_HEADS = {"heads": OwnHeads, "one head": lambda: OwnHeads(1), "two heads": lambda: OwnHeads(2)}
+
+
+@pytest.mark.parametrize(
+    ("drafter", "batch_size"), [("heads", 1), ("heads", 3), ("one head", 3), ("two heads", 3)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_proposals_are_those_of_a_fresh_copy_that_reads_from_the_start(
+    kind, drafter, batch_size, device
+):
+    """Stale caches never change the text, only the acceptance: nothing else would notice them.
+    Before a comparison come steps of all lengths, skipped ones, refilled rows, copied prompts.
+    """
+    requests = [*samples_of_one_prompt(4), *some_requests(stop=False)[:3]]
+    truth = truths(target(kind, device), requests, Sampling(1.0))
+    lead = Oracle(requests, truth, 4, sometimes(wrong))
+    drafter = Compared(lead, OWN_HEADS[drafter])
+    got = generate(target(kind, device), requests, drafter, Sampling(1.0), batch_size=batch_size)
+    assert texts(got) == truth and drafter.compared > 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guesses_are_those_of_the_models_plain_forward(kind, device):
+    """Rows that are read, copied and refilled; each head through its own unembedding."""
+    model = tiny(kind, unembedding="replicated", gain=1.4).to(device)
+    seen = []
+
+    class Watched(OwnHeads):
+        def propose(self, state, k):
+            logits = super().propose(replace(state, draw=lambda logits: logits), self.depth)
+            for text, length, got in zip(state.text, state.length, logits, strict=True):
+                heads = model(text[None, :length], return_all_heads=True)
+                torch.testing.assert_close(got, heads[0, -1, 1:], rtol=0, atol=1e-9)
+                seen.append(length)
+            return super().propose(state, k)
+
+    requests = [*samples_of_one_prompt(4), *some_requests(stop=False)[:2]]
+    generate(model, requests, Watched(), Sampling(1.0), batch_size=3)
+    assert len(set(seen)) > 5
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_an_oracle_yields_all_its_guesses_and_one_token_more_per_step(sampling, depth, device):
+    model, steps = target("transformer", device), 4
+    requests = some_requests(stop=False, max_new_tokens=1 + steps * (depth + 1))
+    truth = truths(model, requests, SAMPLINGS[sampling])
+    drafter = Oracle(requests, truth, depth)
+    for completion in generate(
+        model, requests, drafter, SAMPLINGS[sampling], batch_size=len(requests)
+    ):
+        assert completion.steps == steps and completion.mean_acceptance_length == depth + 1
+        assert completion.drafted == completion.accepted == [steps] * depth
+        assert completion.heads == [1, *(list(range(2, depth + 2)) + [1]) * steps]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_hopeless_draft_yields_one_token_per_step(sampling, device):
+    model, requests = target("transformer", device), some_requests(stop=False)
+    truth = truths(model, requests, SAMPLINGS[sampling])
+    drafter = Oracle(requests, truth, 3, wrong)
+    for completion in generate(model, requests, drafter, SAMPLINGS[sampling], batch_size=3):
+        assert completion.steps == NEW - 1 and completion.mean_acceptance_length == 1
+        assert completion.accepted == [0, 0, 0] and completion.heads == [1] * NEW
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_alone_is_the_row_in_a_batch(kind, device):
+    """Guesses too, up to the last step, which may be shorter alone."""
+    model, requests = target(kind, device), some_requests(stop=False)
+    together = generate(model, requests, OwnHeads(), Sampling(1.0), batch_size=3)
+    for request, completion in zip(requests, together, strict=True):
+        (alone,) = generate(model, [request], OwnHeads(), Sampling(1.0))
+        assert alone.tokens == completion.tokens
+        assert alone.heads[: 1 - N] == completion.heads[: 1 - N]
+
+
+def test_completions_do_not_depend_on_the_order_of_the_requests(device):
+    model, requests = target("transformer", device), some_requests()
+    forward = generate(model, requests, OwnHeads(), Sampling(1.0), batch_size=3)
+    backward = generate(model, requests[::-1], OwnHeads(), Sampling(1.0), batch_size=3)
+    assert texts(forward) == texts(backward)[::-1]
+
+
+def samples_of_one_prompt(count=6):
+    return [
+        Request([4, 8, 1, 1, 9, 12, 0, 7, 5], 5 + i % 3, seed)
+        for seed, i in enumerate(range(count))
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_one_prompt_are_those_decoded_one_by_one(kind, device):
+    model, requests = target(kind, device), samples_of_one_prompt()
+    got = texts(generate(model, requests, OwnHeads(), Sampling(1.0), batch_size=3))
+    assert got == truths(model, requests, Sampling(1.0))
+    assert len(set(map(tuple, got))) > 1
+
+
+@pytest.mark.parametrize("batch_size", [3, 6])
+def test_a_prompt_that_many_samples_share_is_read_once(batch_size, device, monkeypatch):
+    model, requests, widths = target("transformer", device), samples_of_one_prompt(), []
+    read = model.read
+    monkeypatch.setattr(model, "read", lambda x, *rest: widths.append(x.shape[1]) or read(x, *rest))
+    generate(model, requests, OwnHeads(), Sampling(1.0), batch_size=batch_size)
+    assert widths.count(len(requests[0].prompt)) == 1 and max(widths[1:]) <= N
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_decoded_texts_follow_the_models_law(rule, device):
+    """All 4^3 texts by enumeration, warped as the sampling says, against many seeds."""
+    model = tiny(vocab_size=4, dim=8, n_layers=4, n_future_tokens=3, gain=1.5).to(device)
+    prompt, sampling, count = [1, 2], Sampling(0.8, top_k=3), 1500
+    every = torch.tensor(list(itertools.product(range(4), repeat=3)), device=device)
+    rows = torch.cat([torch.tensor([prompt], device=device).expand(len(every), -1), every], 1)
+    with torch.no_grad():
+        steps = sampling.probs(model(rows))[:, len(prompt) - 1 : -1]
+    law = steps.gather(-1, every[..., None]).prod(1)[:, 0].cpu()
+    assert float(law.sum()) == pytest.approx(1)
+    requests = [Request(prompt, 3, seed) for seed in range(count)]
+    got = generate(model, requests, OwnHeads(), sampling, batch_size=250, rule=rule)
+    numbers = torch.tensor(texts(got)) @ torch.tensor([16, 4, 1])
+    assert p_value(*likely(numbers.bincount(minlength=64), law, 5 / count)) > FALSE_ALARM
+    assert sum(completion.accepted[0] for completion in got) > count / 20  # guesses took part
+
+
+def likely(counts, law, least):
+    """Put the outcomes that are too rare for a chi-square into one class."""
+    assert not counts[law == 0].any()
+    rare = (law < least) & (law > 0)
+    keep = law >= least
+    if not rare.any():
+        return counts[keep], law[keep]
+    pooled = torch.cat([counts[keep], counts[rare].sum()[None]])
+    return pooled, torch.cat([law[keep], law[rare].sum()[None]])
+
+
+@pytest.mark.parametrize("drafter", ["none", "heads", "oracle"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 10])
+def test_new_tokens_are_exactly_as_many_as_asked_for(batch_size, drafter, device):
+    sizes = [1, 8, 2, 5, 3, 1, 4]
+    requests = [
+        replace(request, max_new_tokens=size)
+        for request, size in zip(some_requests(stop=False), sizes, strict=True)
+    ]
+    longer = [replace(request, max_new_tokens=NEW) for request in requests]
+    truth = truths(target("causal", device), longer)
+    drafter = DRAFTERS[drafter](longer, truth)
+    got = texts(generate(target("causal", device), requests, drafter, batch_size=batch_size))
+    assert got == [new[:size] for new, size in zip(truth, sizes, strict=True)]
+
+
+def test_ended_rows_wait_without_running_out_of_slots(device):
+    """The longest text ends first, by more accepted guesses than it takes; another goes on."""
+    model = target("transformer", device)
+    requests = [Request([1] * 20, 2, seed=1), Request([1], 20, seed=2)]
+    longer = [replace(request, max_new_tokens=30) for request in requests]
+    truth = truths(model, longer)
+    got = generate(model, requests, Oracle(longer, truth, 5), batch_size=2)
+    assert texts(got) == [truth[0][:2], truth[1][:20]]
+
+
+def test_texts_end_with_the_first_stop_token_inside_a_draft(device):
+    model, request = target("transformer", device), Request([7, 2], 12, seed=1)
+    truth = naive(model, request, Sampling(1.0))
+    for i, end in enumerate(truth):
+        ended = replace(request, stop=stop_at(end))
+        (got,) = generate(model, [ended], Oracle([request], [truth], 11), Sampling(1.0))
+        assert got.tokens == truth[: truth.index(end) + 1] and len(got.tokens) <= i + 1
+
+
+def test_stop_sees_all_new_tokens(device):
+    requests = [replace(r, stop=lambda new: len(new) == 5) for r in some_requests()]
+    got = generate(target("transformer", device), requests, OwnHeads(), batch_size=3)
+    assert [len(completion.tokens) for completion in got] == [5] * len(requests)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_counts_add_up(drafter, device):
+    model, requests = target("residual", device), some_requests(stop=False)
+    drafter = DRAFTERS[drafter](requests, truths(model, requests, Sampling(1.0)))
+    for completion in generate(model, requests, drafter, Sampling(1.0), batch_size=1):
+        assert len(completion.tokens) == len(completion.heads) == NEW
+        assert NEW == 1 + completion.steps + sum(completion.accepted)
+        assert completion.mean_acceptance_length == pytest.approx((NEW - 1) / completion.steps)
+        assert sum(head > 1 for head in completion.heads) == sum(completion.accepted)
+        marks = [completion.heads.count(depth + 2) for depth in range(len(completion.accepted))]
+        assert marks == completion.accepted
+        offered = zip(completion.accepted, completion.drafted, strict=True)
+        assert all(taken <= given <= completion.steps for taken, given in offered)
+
+
+def test_a_guess_of_nothing_is_not_counted_as_drafted(device):
+    model, requests = target("transformer", device), some_requests(stop=False)
+    drafter = Oracle(requests, truths(model, requests), 3, lambda token: -1)
+    for completion in generate(model, requests, drafter, batch_size=3):
+        assert sum(completion.drafted) == 0
+
+
+def test_a_completion_without_steps_has_acceptance_length_one():
+    assert Completion().mean_acceptance_length == 1
+
+
+@pytest.mark.parametrize("drafter", ["none", "heads", "oracle"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_may_fill_the_context_to_the_last_token(kind, drafter, device):
+    model = tiny(kind, max_seq_len=14, gain=1.4).to(device)
+    requests = [
+        replace(r, max_new_tokens=14 - len(r.prompt)) for r in some_requests(stop=False)[:3]
+    ]
+    truth = truths(model, requests)
+    beyond = [new + [1] * 9 for new in truth]  # guesses hang over the end
+    got = generate(model, requests, DRAFTERS[drafter](requests, beyond), batch_size=3)
+    assert texts(got) == truth
+
+
+def test_no_requests_give_no_completions(device):
+    assert generate(target("linear", device), []) == []
+
+
+def test_decoding_leaves_no_gradients_and_no_modes_behind(device):
+    model = target("transformer", device)
+    generate(model, some_requests()[:1], OwnHeads())
+    assert torch.is_grad_enabled() and model(torch.tensor([[1]], device=device)).requires_grad
+
+
+OK = Request([1, 2], 4)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request([], 4), "request 1 has an empty prompt"),
+        (Request([1, VOCAB], 4), "request 1 has token ids outside 0..12"),
+        (Request([-1], 4), "request 1 has token ids outside 0..12"),
+        (Request([1], 0), "request 1 has max_new_tokens=0: it must be at least 1"),
+        (Request([1] * 90, 7), "needs 90 prompt tokens . 7 new ones, .* max_seq_len is 96"),
+    ],
+)
+def test_impossible_requests_are_refused_by_number(request_, words, device):
+    with pytest.raises(ValueError, match=words):
+        generate(target("linear", device), [OK, request_])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rule": "hope"}, "rule='hope' is unknown: allowed are match, exact"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"drafter": OwnHeads(4)}, "depth=4 exceeds the model's 3 extra heads"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(arguments, words, device):
+    with pytest.raises(ValueError, match=words):
+        generate(target("linear", device), [OK], **arguments)
+
+
+def test_unknown_drafter_is_refused():
+    with pytest.raises(ValueError, match="drafter='hope' is unknown: allowed are none, heads"):
+        make_drafter("hope")
+
+
+def test_depth_below_one_is_refused():
+    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
+        OwnHeads(0)
+
+
+def test_a_model_without_extra_heads_cannot_draft(device):
+    with pytest.raises(ValueError, match="n_future_tokens=1 and no head to draft with"):
+        generate(tiny(n_future_tokens=1).to(device), [OK], OwnHeads())
+
+
+def test_caches_that_do_not_fit_are_refused_before_they_are_made(device, monkeypatch):
+    model = target("transformer", device)
+    monkeypatch.setattr(mtp.decode.loop, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(model, "new_cache", lambda *sizes: pytest.fail("a cache was made"))
+    with pytest.raises(ValueError, match="batch_size=2 .* GiB are free: lower batch_size"):
+        generate(model, [OK] * 5, OwnHeads(), batch_size=2)
+
+
+@pytest.mark.parametrize("free", [None, 2**30])
+def test_caches_that_fit_are_made(free, device, monkeypatch):
+    monkeypatch.setattr(mtp.decode.loop, "_free_memory", lambda device: free)
+    assert len(generate(target("transformer", device), [OK], OwnHeads())[0].tokens) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_bytes_are_those_of_the_caches_and_the_memo(kind, device, monkeypatch):
+    model, made = target(kind, device), []
+    new_cache = model.new_cache
+
+    def counted(layers, rows, slots):
+        made.append((new_cache(layers, rows, slots), rows, slots))
+        return made[-1][0]
+
+    monkeypatch.setattr(model, "new_cache", counted)
+    generate(model, [OK, OK], OwnHeads())
+    _, rows, slots = made[0]
+    memo = rows * slots * model.memo_dim * 8
+    taken = sum(x.numel() * x.element_size() for cache, *_ in made for x in (cache.k, cache.v))
+    assert mtp.decode.loop.cache_bytes(model, rows, slots) == taken + memo
+
+
+def test_docstring_examples_run():
+    result = doctest.testmod(mtp.decode.contract)
+    assert result.attempted > 0 and result.failed == 0
