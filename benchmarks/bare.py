@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp.model import Rotation, Transformer, rotate
+from mtp.model import Transformer, rotate
 
 Caches = list[tuple[Tensor, Tensor]]
 
@@ -33,28 +33,26 @@ def empty_caches(model: Transformer, layers: int, slots: int) -> Caches:
 def block(
     b: Any,
     x: Tensor,
-    rotation: Rotation,
+    rotation: Sequence[Tensor],
     cache: tuple[Tensor, Tensor],
     at: int,
     mask: Tensor | None,
 ) -> Tensor:
-    a, (keys, values), T = b.attention, cache, x.shape[1]
-    qkv = a.wqkv(b.attention_norm(x)).view(1, T, -1, a.head_dim)
-    qk, v = qkv.split([a.n_heads + a.kv_heads, a.kv_heads], 2)
-    q, k = rotate(qk, rotation).split([a.n_heads, a.kv_heads], 2)
-    keys[:, at : at + T], values[:, at : at + T] = k, v
-    k, v = keys[:, : at + T], values[:, : at + T]
-    gqa, causal = a.kv_heads < a.n_heads, at == 0 and T > 1
+    (keys, values), T, H, G = cache, x.shape[1], b.n_heads, b.kv_heads
+    qkv = b.wqkv(b.attention_norm(x)).view(1, T, H + 2 * G, b.head_dim)
+    qk = rotate(qkv[:, :, : H + G], (rotation[0], rotation[1]))
+    keys[:, at : at + T], values[:, at : at + T] = qk[:, :, H:], qkv[:, :, H + G :]
     y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        mask,
-        is_causal=causal,
-        enable_gqa=gqa,
+        qk[:, :, :H].transpose(1, 2),
+        keys[:, : at + T].transpose(1, 2),
+        values[:, : at + T].transpose(1, 2),
+        attn_mask=mask,
+        is_causal=at == 0 and T > 1,
+        enable_gqa=G < H,
     )
-    x = x + a.wo(y.transpose(1, 2).flatten(2))
-    return x + b.feed_forward(b.ffn_norm(x))
+    x = x + b.wo(y.transpose(1, 2).flatten(2))
+    gate, up = b.w13(b.ffn_norm(x)).chunk(2, -1)
+    return x + b.w2(F.silu(gate) * up)
 
 
 def next_latent(
@@ -63,10 +61,7 @@ def next_latent(
     """tokens (1, T) at positions at.. -> (latent of head 1, trunk output), each (1, T, D). Parallel
     transformer heads.
     """
-    rotation = (
-        model.rotary.cos[at : at + tokens.shape[1]],
-        model.rotary.sin[at : at + tokens.shape[1]],
-    )
+    rotation = model.rotary.table[at : at + tokens.shape[1]].unbind(1)
     x = model.embedding(tokens)
     for b, cache in zip(model.trunk, caches, strict=False):
         x = block(b, x, rotation, cache, at, mask)
@@ -101,7 +96,7 @@ def verify_cost(model: Transformer, cached: int, repeats: int = 60) -> float:
     mask = torch.zeros(n, cached + n).masked_fill_(
         torch.ones(n, cached + n).triu(cached + 1).bool(), float("-inf")
     )
-    rotation = model.rotary.cos[cached : cached + n], model.rotary.sin[cached : cached + n]
+    rotation = model.rotary.table[cached : cached + n].unbind(1)
     tokens = torch.zeros(1, n, dtype=torch.long)
 
     def plain() -> None:

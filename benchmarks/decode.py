@@ -35,7 +35,7 @@ class DecodeConfig:
     prompts: int = 16
     prompt_tokens: int = 128
     new_tokens: int = 256
-    rounds: int = 2
+    rounds: int = 1
 
 
 @dataclass

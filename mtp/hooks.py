@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp.decode.contract import Request
+from mtp.decode.drafters import OwnHeads
 from mtp.decode.loop import generate
 from mtp.distributed import rank
 from mtp.tokenizer import Tokenizer
@@ -95,7 +96,7 @@ class Samples:
         prompt: str,
         every: float,
         first: float = 10.0,
-        new_tokens: int = 120,
+        new_tokens: int = 80,
     ) -> None:
         self.tokenizer, self.prompt, self.every = tokenizer, prompt, every
         self.next, self.new_tokens = first, new_tokens
@@ -104,8 +105,11 @@ class Samples:
         if progress.seconds < self.next or rank() != 0:
             return
         self.next = progress.seconds + self.every
-        context: int = progress.model.config.max_seq_len  # type: ignore[assignment, union-attr]
+        model: Any = progress.model
+        context = model.config.max_seq_len
         prompt = self.tokenizer.encode(self.prompt)[: context - 1] or [self.tokenizer.end_id]
         request = Request(prompt, min(self.new_tokens, context - len(prompt)))
-        text = self.tokenizer.decode(generate(progress.model, [request])[0].tokens)
+        text = self.tokenizer.decode(
+            generate(model, [request], OwnHeads() if model.extra_heads else None)[0].tokens
+        )
         log.info("   sample: %s", f"{self.prompt}⟶{text}".replace("\n", "\n           "))

@@ -114,11 +114,14 @@ class CacheLayer:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
         self.flat_k, self.flat_v = k.flatten(0, 1), v.flatten(0, 1)
+        self.all_rows, self.flat = slice(0, len(k)), (-1, *k.shape[2:])
 
     def write(self, layout: Layout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new columns; return all columns that the layout may look at."""
-        self.flat_k.index_copy_(0, layout.where, k.flatten(0, 1))
-        self.flat_v.index_copy_(0, layout.where, v.flatten(0, 1))
+        self.flat_k.index_copy_(0, layout.where, k.view(self.flat))
+        self.flat_v.index_copy_(0, layout.where, v.view(self.flat))
+        if layout.rows == self.all_rows:
+            return self.k.narrow(1, 0, layout.span), self.v.narrow(1, 0, layout.span)
         return self.k[layout.rows, : layout.span], self.v[layout.rows, : layout.span]
 
 
@@ -141,28 +144,26 @@ class Cache:
 
 
 class Rotary:
-    """cos and signed sin of every position. A plain object, so that `model.to(bfloat16)` leaves the
-    table in fp32.
+    """cos and signed sin of every position, one table (positions, 2, 1, d). A plain object, so that
+    `model.to(bfloat16)` leaves it in fp32.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        half = (
-            torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float64) / config.head_dim
-        )
-        self.frequency = config.rope_theta**-half
+        half = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float64)
+        self.frequency = config.rope_theta ** -(half / config.head_dim)
         self.reserve(config.max_seq_len)
 
     def reserve(self, positions: int) -> None:
         angles = torch.outer(torch.arange(positions, device="cpu"), self.frequency)[:, None]
-        sin = angles.sin()
-        self.cos = torch.cat([angles.cos()] * 2, -1).float()
-        self.sin = torch.cat([-sin, sin], -1).float()
+        cos, sin = angles.cos(), angles.sin()
+        self.table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1).float()
 
     def __call__(self, positions: Tensor) -> Rotation:
-        """positions (..., T) -> tables (..., T, 1, d)."""
-        if self.cos.device != positions.device:
-            self.cos, self.sin = self.cos.to(positions.device), self.sin.to(positions.device)
-        return self.cos[positions], self.sin[positions]
+        """positions (..., T) -> cos and sin (..., T, 1, d)."""
+        if self.table.device != positions.device:
+            self.table = self.table.to(positions.device)
+        cos, sin = self.table[positions].unbind(-3)
+        return cos, sin
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -171,26 +172,30 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
+    """Attention and SwiGLU, each on a normed copy of the residual stream. Queries, keys and values
+    are one map, gate and up another: fewer, larger products.
+    """
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads, self.kv_heads, self.head_dim = (
-            config.n_heads,
-            config.kv_heads,
-            config.head_dim,
-        )
-        self.wqkv = nn.Linear(
-            config.dim, (self.n_heads + 2 * self.kv_heads) * self.head_dim, bias=False
-        )
+        self.n_heads, self.kv_heads = config.n_heads, config.kv_heads
+        self.head_dim = config.head_dim
+        qkv_dim = (self.n_heads + 2 * self.kv_heads) * self.head_dim
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.wqkv = nn.Linear(config.dim, qkv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, layout: Layout | None, layer: CacheLayer | None
+        self, x: Tensor, rotation: Rotation, layout: Layout | None, layer: CacheLayer | None = None
     ) -> Tensor:
-        B, T, _ = x.shape
-        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)
-        qk, v = qkv.split([self.n_heads + self.kv_heads, self.kv_heads], 2)
-        q, k = rotate(qk, rotation).split([self.n_heads, self.kv_heads], 2)
+        (B, T, _), H, G = x.shape, self.n_heads, self.kv_heads
+        qkv = self.wqkv(self.attention_norm(x)).view(B, T, H + 2 * G, self.head_dim)
+        qk, v = rotate(qkv.narrow(2, 0, H + G), rotation), qkv.narrow(2, H + G, G)
+        q, k = qk.narrow(2, 0, H), qk.narrow(2, H, G)
         mask = None if layout is None else layout.mask
         if layout is not None and layer is not None:
             k, v = layer.write(layout, k, v)
@@ -200,53 +205,35 @@ class Attention(nn.Module):
             v.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None and T > 1,
-            enable_gqa=self.kv_heads < self.n_heads,
+            enable_gqa=G < H,
         )
-        return self.wo(y.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config)
-
-    def forward(
-        self, x: Tensor, rotation: Rotation, layout: Layout | None, layer: CacheLayer | None = None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, layout, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.wo(y.transpose(1, 2).flatten(2))
+        gate, up = self.w13(self.ffn_norm(x)).chunk(2, -1)
+        return x + self.w2(F.silu(gate) * up)
 
 
 class Unembedding(nn.Module):
-    """One matrix (V, D) for all heads, or one per head. Its weights are read inside its own forward
-    and nowhere else.
+    """One matrix (V, D) for all heads, or one per head, as parameters "0", "1", ... They are read
+    inside its own forward and nowhere else.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         copies = config.n_future_tokens if config.unembedding == "replicated" else 1
-        self.weights = nn.ParameterList(
-            [nn.Parameter(torch.empty(config.vocab_size, config.dim)) for _ in range(copies)]
-        )
+        for i in range(copies):
+            weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+            self.register_parameter(str(i), weight)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [weight for weight in self._parameters.values() if weight is not None]
 
     def forward(
-        self, latents: Sequence[Tensor], score: Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
+        self,
+        latents: Sequence[Tensor],
+        score: Callable[[Sequence[Tensor], Sequence[Tensor]], Any],
     ) -> Any:
-        return score(latents, list(self.weights))
+        return score(latents, self.weights)
 
 
 class Transformer(nn.Module):
@@ -265,7 +252,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = Unembedding(config)
         if config.tie_embeddings:
-            self.output.weights[0] = self.embedding.weight
+            self.output.register_parameter("0", self.embedding.weight)
         self.rotary = Rotary(config)
         self.init_weights(generator)
 
@@ -386,7 +373,7 @@ class Transformer(nn.Module):
         return self.config.dim * self.heads.memo_copies
 
     def new_cache(self, layers: int, rows: int, slots: int) -> Cache:
-        if slots > len(self.rotary.cos):  # drafts may overhang the end of the longest text
+        if slots > len(self.rotary.table):  # drafts may overhang the end of the longest text
             self.rotary.reserve(slots)
         return Cache(
             layers, rows, slots, self.config.kv_heads, self.config.head_dim, self.embedding.weight

@@ -36,7 +36,7 @@ def plain_block(x, block, config):
     """One Llama block, head by head, from its weights."""
     d, h, g = config.head_dim, config.n_heads, config.kv_heads
     q, k, v = (
-        plain_norm(x, block.attention_norm.weight, config.norm_eps) @ block.attention.wqkv.weight.T
+        plain_norm(x, block.attention_norm.weight, config.norm_eps) @ block.wqkv.weight.T
     ).split([h * d, g * d, g * d], -1)
     heads = []
     for i in range(h):
@@ -50,11 +50,11 @@ def plain_block(x, block, config):
             torch.ones(x.shape[1], x.shape[1], device=x.device).triu(1).bool(), -torch.inf
         )
         heads.append(scores.softmax(-1) @ vi)
-    x = x + torch.cat(heads, -1) @ block.attention.wo.weight.T
-    gate, up = (
-        plain_norm(x, block.ffn_norm.weight, config.norm_eps) @ block.feed_forward.w13.weight.T
-    ).chunk(2, -1)
-    return x + (gate * gate.sigmoid() * up) @ block.feed_forward.w2.weight.T
+    x = x + torch.cat(heads, -1) @ block.wo.weight.T
+    gate, up = (plain_norm(x, block.ffn_norm.weight, config.norm_eps) @ block.w13.weight.T).chunk(
+        2, -1
+    )
+    return x + (gate * gate.sigmoid() * up) @ block.w2.weight.T
 
 
 def plain_model(model, tokens):
@@ -212,7 +212,7 @@ def test_rotary_table_stays_fp32_in_a_bf16_model(device):
     wanted = model(tokens)
     logits = model.to(torch.bfloat16)(tokens)
     assert logits.dtype == torch.bfloat16
-    assert model.rotary.cos.dtype == model.rotary.sin.dtype == torch.float32
+    assert model.rotary.table.dtype == torch.float32
     assert (
         logits.float() - wanted
     ).norm() < 0.05 * wanted.norm()  # a few of bf16's roundings of 2^-8

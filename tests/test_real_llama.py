@@ -1,4 +1,4 @@
-"""A real Llama (stories260K; skipped where its files are absent) writes its known story here too."""
+"""A real Llama (stories260K; skipped where it is absent) writes its known story here too."""
 
 import hashlib
 import json
@@ -42,11 +42,11 @@ def model() -> Transformer:
         for i, block in enumerate(ours):
             layer = {k.split(f"layers.{i}.")[1]: v for k, v in theirs.items() if f".{i}." in k}
             qkv = [layer[f"self_attn.{x}_proj.weight"] for x in "qkv"]
-            block.attention.wqkv.weight.copy_(torch.cat(qkv))
-            block.attention.wo.weight.copy_(layer["self_attn.o_proj.weight"])
+            block.wqkv.weight.copy_(torch.cat(qkv))
+            block.wo.weight.copy_(layer["self_attn.o_proj.weight"])
             up = [layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]]
-            block.feed_forward.w13.weight.copy_(torch.cat(up))
-            block.feed_forward.w2.weight.copy_(layer["mlp.down_proj.weight"])
+            block.w13.weight.copy_(torch.cat(up))
+            block.w2.weight.copy_(layer["mlp.down_proj.weight"])
             block.attention_norm.weight.copy_(layer["input_layernorm.weight"])
             block.ffn_norm.weight.copy_(layer["post_attention_layernorm.weight"])
         if not c["tie_word_embeddings"]:

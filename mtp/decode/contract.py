@@ -48,11 +48,15 @@ def chain(first_row: int, starts: Sequence[int], columns: int, slots: int, like:
     if span > slots:
         raise ValueError(f"{span} slots are needed but the cache has {slots}")
     rows = slice(first_row, first_row + len(starts))
-    positions = torch.tensor(
-        [range(start, start + columns) for start in starts], device=like.device
-    )
-    offsets = [row * slots for row in range(rows.start, rows.stop)]
-    where = (positions + torch.tensor(offsets, device=like.device)[:, None]).flatten()
+    if len(starts) == 1:  # spares a plain step most of its set-up
+        positions = torch.arange(starts[0], span, device=like.device)[None]
+    else:
+        columns_of = [range(start, start + columns) for start in starts]
+        positions = torch.tensor(columns_of, device=like.device)
+    where = positions.flatten()
+    if rows.stop > 1:
+        offsets = torch.arange(rows.start, rows.stop, device=like.device) * slots
+        where = (positions + offsets[:, None]).flatten()
     from_zero = columns > 1 and not any(starts)
     if from_zero or (columns == 1 and min(starts) == max(starts)):
         return Layout(rows, where, positions, None, span)

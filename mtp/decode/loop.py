@@ -91,6 +91,8 @@ class _Loop:
         self.cache = model.new_cache(model.next_layers, rows, self.slots)
         device = self.cache.k.device
         text = torch.zeros(rows, self.slots, dtype=torch.long, device=device)
+        self.nothing = Draft(text[:, :0])
+        self.flat_text = text.flatten()  # a view: slots are written through it
         self.pending = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.state = State(
             text, [1] * rows, torch.zeros(rows, dtype=torch.long, device=device), None, self._draw
@@ -134,10 +136,9 @@ class _Loop:
         self.drafter.admit(state, row, source)
         logits = self.model.logits(self.prompt_end[row])
         first = self.rule(
-            logits, Draft(state.text[:1, :0]), state.seed[row : row + 1], [length]
+            logits, Draft(self.nothing.tokens[:1]), state.seed[row : row + 1], [length]
         ).next
         self.pending[row] = first
-        self._write_pending()
         self._emit(row, first.tolist(), 0)
 
     def _read_prompt(self, row: int, prompt: Tensor) -> None:
@@ -162,26 +163,28 @@ class _Loop:
 
     def _write_pending(self) -> None:
         at = chain(0, self.state.length, 1, self.slots, self.cache.k).where
-        self.state.text.flatten().index_copy_(0, at, self.pending.flatten())
+        self.flat_text.index_copy_(0, at, self.pending.flatten())
 
     def step(self) -> None:
         state = self.state
         k = min(self.drafter.depth, max(map(self._room, range(len(self.owner)))) - 1)
-        draft = self.drafter.propose(state, k) if k > 0 else Draft(state.text[:, :0])
-        feed = torch.cat([self.pending, draft.tokens.clamp(min=0)], 1) if k > 0 else self.pending
+        draft, feed = self.nothing, self.pending
+        if k > 0:
+            self._write_pending()
+            draft = self.drafter.propose(state, k)
+            feed = torch.cat([self.pending, draft.tokens.clamp(min=0)], 1)
         layout = chain(0, state.length, feed.shape[1], self.slots, self.cache.k)
         latent, memo = self.model.read(feed, layout, self.cache)
         verdict = self.rule(self.model.logits(latent), draft, state.seed, self._following())
         self._keep(layout.where, memo)
-        state.text.flatten().index_copy_(0, layout.where, feed.flatten())
+        self.flat_text.index_copy_(0, layout.where, feed.flatten())
         self.pending = verdict.next[:, None]
-        result = torch.cat([draft.tokens, verdict.accepted[:, None], self.pending], 1).tolist()
-        for row, (*guesses, accepted, following) in enumerate(result):
+        results = zip(*(x.tolist() for x in (draft.tokens, *verdict)), strict=True)
+        for row, (guesses, accepted, following) in enumerate(results):
             if self.owner[row] is not None:
                 state.length[row] += accepted + 1
                 self._count(row, guesses, accepted)
                 self._emit(row, [*guesses[:accepted], following], accepted)
-        self._write_pending()
 
     def _room(self, row: int) -> int:
         """New tokens that the row's request still takes."""

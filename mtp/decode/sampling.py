@@ -110,6 +110,8 @@ class Match:
 
     def __call__(self, logits: Tensor, draft: Draft, seed: Tensor, first: Sequence[int]) -> Verdict:
         choice = self.sampling.choose(logits, seed, first)
+        if draft.tokens.shape[1] == 0:  # plain steps pay nothing for verification
+            return Verdict(torch.zeros_like(seed), choice[:, 0])
         accepted = (choice[:, :-1] == draft.tokens).long().cumprod(1).sum(1)
         return Verdict(accepted, choice.gather(1, accepted[:, None])[:, 0])
 

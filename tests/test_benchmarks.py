@@ -1,0 +1,240 @@
+"""The benchmarks' own tools: an honest baseline, records that can be read, pictures."""
+
+import json
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import tiny
+
+from benchmarks.bare import bare_loop, fastest_threads, ratio, verify_cost
+from benchmarks.decode import DecodeConfig, held_out_prompts, measure, repetition, spread
+from benchmarks.pictures import COLOURS, heads_page, loss_curve
+from benchmarks.record import parse, record
+from mtp.decode.contract import Completion, Request
+from mtp.decode.loop import generate
+from mtp.documents import Document
+from mtp.tokenizer import ByteTokenizer
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture
+def threads():
+    """Benchmarks choose their number of threads; tests want theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# The baseline.
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"n_kv_heads": None}, {"unembedding": "replicated"}, {"n_future_tokens": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [1, 8])
+def test_the_bare_loop_writes_the_greedy_text(overrides, length):
+    model = tiny(gain=2.0, **overrides)
+    prompt = PROMPT[:length]
+    assert bare_loop(model, prompt, 40) == generate(model, [Request(prompt, 40)])[0].tokens
+
+
+def test_the_bare_loop_reads_one_token_per_step(monkeypatch):
+    """A slow baseline would flatter every speedup."""
+    widths = []
+    model = tiny()
+    model.embedding.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
+    bare_loop(model, PROMPT, 5)
+    assert widths == [(1, len(PROMPT)), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_a_verifying_step_has_a_cost():
+    assert verify_cost(tiny().float(), cached=8, repeats=3) > 0
+
+
+def test_ratios_compare_two_calls_in_turns(monkeypatch):
+    now, calls = [0.0], []
+
+    def call(name, seconds):
+        now[0] += seconds
+        calls.append(name)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    found = ratio(lambda: call("a", 3.0), lambda: call("b", 2.0), repeats=4)
+    assert found == (1.5, 0.0)
+    assert "".join(calls) == "abab" + "baab" * 2
+
+
+def test_the_number_of_threads_is_one_that_was_tried(threads):
+    torch.set_num_threads(1)
+    assert fastest_threads(tiny().float(), PROMPT, new=2) == 1
+
+
+# Figures.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "share"),
+    [
+        ([1, 2, 3, 4], 2, 0.0),
+        ([1, 2, 1, 2, 1], 2, 0.5),  # 12 21 12 21
+        ([7, 7, 7, 7, 7], 1, 0.8),
+        ([7] * 20, 16, 0.8),  # five equal 16-grams
+        ([1, 2], 16, 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_ngrams_seen_before(tokens, n, share):
+    assert repetition(tokens, n) == pytest.approx(share)
+
+
+def test_spread_is_the_quartiles():
+    assert spread([5.0]) == [5.0, 5.0]
+    assert spread([1.0, 2.0, 3.0]) == [1.0, 3.0]
+
+
+def test_measured_figures_add_up_to_what_was_decoded(threads):
+    torch.set_num_threads(1)
+    model = tiny(gain=2.0, max_seq_len=64).float()
+    config = DecodeConfig(prompts=2, prompt_tokens=8, new_tokens=12, rounds=1)
+    reported = []
+    figures, done = measure(model, [PROMPT, PROMPT[::-1]], config, reported.append)
+    assert reported == done and [d.prompt for d in done] == [PROMPT, PROMPT[::-1]]
+    assert figures["identical"] and figures["prompts"] == 2
+    for d in done:
+        assert d.plain.tokens == d.drafted.tokens == bare_loop(model, d.prompt, 12)
+    steps = sum(d.drafted.steps for d in done)
+    accepted = sum(sum(d.drafted.accepted) for d in done)
+    assert figures["mean_acceptance_length"] == 1 + accepted / steps
+    assert len(figures["acceptance"]) == 3
+    json.dumps(figures)
+
+
+def test_another_text_is_never_called_identical(threads, monkeypatch):
+    torch.set_num_threads(1)
+    model = tiny().float()
+    monkeypatch.setattr("benchmarks.decode.bare_loop", lambda model, prompt, new: [0] * new)
+    config = DecodeConfig(prompt_tokens=8, new_tokens=4, rounds=1)
+    assert not measure(model, [PROMPT], config)[0]["identical"]
+
+
+def test_prompts_start_at_a_line_in_the_middle_of_a_document():
+    texts = [f"{name}{name}{name}\n" * 40 for name in "abc"]
+    documents = [Document(((text, True),)) for text in [*texts, "short"]]
+    prompts = held_out_prompts(documents, ByteTokenizer(), count=2, length=6)
+    assert [bytes(p) for p in prompts] == [b"aaa\naa", b"bbb\nbb"]
+    with pytest.raises(ValueError, match="4 prompts were asked for, but only 3 documents"):
+        held_out_prompts(documents, ByteTokenizer(), count=4, length=6)
+
+
+# Words and records.
+
+
+@dataclass
+class Config:
+    name: str = "x"
+    count: int = 1
+    rate: float = 0.5
+    long: bool = False
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], Config()),
+        (["name=7", "count=3"], Config(name="7", count=3)),
+        (["rate=1", "long=true"], Config(rate=1.0, long=True)),
+        (["rate=1e-3", "long=True", "name=a=b"], Config(name="a=b", rate=1e-3, long=True)),
+    ],
+)
+def test_words_become_the_dataclass(words, expected):
+    found = parse(Config, words)
+    assert found == expected
+    assert isinstance(found.rate, float)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("cuont=3", "error: 'cuont=3': give key=value, keys are name, count, rate, long"),
+        ("count", "error: 'count': give key=value"),
+        ("count=three", "error: count='three' is no value of type int"),
+        ("count=1.5", "error: count='1.5' is no value of type"),
+        ("rate=fast", "error: rate='fast' is no value of type"),
+        ("rate=null", "error: rate='null' is no value of type"),
+        ("long=3", "error: long='3' is no value of type"),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(word, message):
+    with pytest.raises(SystemExit) as caught:
+        parse(Config, [word])
+    assert str(caught.value.code).startswith(message)
+    assert "\n" not in str(caught.value.code)
+
+
+def test_a_record_holds_values_and_circumstances(tmp_path):
+    path = record("speed", {"speedup": 1.5, "iqr": [1, 2]}, Config(count=3), tmp_path / "new")
+    entry = json.loads(path.read_text())
+    assert path == tmp_path / "new" / "speed.json"
+    assert entry["values"] == {"speedup": 1.5, "iqr": [1, 2]}
+    assert entry["config"] == {"name": "x", "count": 3, "rate": 0.5, "long": False}
+    assert {"name", "command", "commit", "date", "hardware", "threads", "torch"} <= entry.keys()
+    assert entry["command"].startswith("python ") and entry["hardware"] and entry["commit"]
+    assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
+
+
+def test_a_new_record_replaces_the_old(tmp_path):
+    record("speed", {"speedup": 1.5, "old": True}, folder=tmp_path)
+    path = record("speed", {"speedup": 2.5}, folder=tmp_path)
+    assert json.loads(path.read_text())["values"] == {"speedup": 2.5}
+
+
+# Pictures.
+
+
+def page(tmp_path, completions, sentence="How it went", show=lambda token: f"<{token}>"):
+    path = tmp_path / "heads.html"
+    heads_page("Title & more", sentence, completions, show, path)
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_shows_every_token_on_its_heads_colour_in_order(tmp_path):
+    completion = Completion(tokens=[11, 12, 13, 14], heads=[1, 2, 3, 1], steps=2)
+    blocks = page(tmp_path, [("prompt", completion)]).split("<pre>")[1]
+    marks = re.findall(r'background:(#\w+)[^>]*title="head (\d)">([^<]*)<', blocks)
+    assert marks == [
+        (COLOURS[0], "1", "&lt;11&gt;"),
+        (COLOURS[1], "2", "&lt;12&gt;"),
+        (COLOURS[2], "3", "&lt;13&gt;"),
+        (COLOURS[0], "1", "&lt;14&gt;"),
+    ]
+
+
+def test_the_page_escapes_what_is_written_into_it(tmp_path):
+    completion = Completion(tokens=[0], heads=[1], steps=1)
+    text = page(tmp_path, [("<b>&", completion)], "a < b", lambda token: "<script>")
+    assert "&lt;b&gt;&amp;" in text and "a &lt; b" in text and "Title &amp; more" in text
+    assert "<script>" not in text and "<b>" not in text
+
+
+def test_the_page_counts_tokens_and_steps(tmp_path):
+    completion = Completion([1, 2, 3], [1, 2, 1], steps=2, drafted=[2], accepted=[1])
+    assert "3 tokens in 2 steps, 1.50 per step" in page(tmp_path, [("p", completion)])
+
+
+def test_heads_beyond_the_colours_share_the_last(tmp_path):
+    completion = Completion(tokens=[1, 2], heads=[1, 30], steps=1)
+    assert f'{COLOURS[-1]};color:#fff" title="head 30"' in page(tmp_path, [("p", completion)])
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_loss_curve_is_a_picture(validated, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"tokens": 1000 * i, "loss_1": 3.0 / i, "loss_2": 4.0 / i} for i in range(1, 5)]
+    if validated:
+        rows[-1] |= {"val_loss_1": 1.0, "val_loss_2": 2.0}
+    loss_curve(rows, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

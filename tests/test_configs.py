@@ -1,0 +1,185 @@
+"""Every shipped YAML composes into its dataclass, and what is wrong is named with its key."""
+
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp.decode.sampling import Sampling
+from mtp.documents import DataConfig
+from mtp.loss import MultiTokenLoss
+from mtp.model import ModelConfig, Transformer
+from mtp.run import RunConfig, estimate
+from mtp.train import OptimConfig, TrainConfig
+
+hydra = pytest.importorskip("hydra")
+from hydra.errors import ConfigCompositionException  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+from scripts.cli import register  # noqa: E402
+from scripts.generate import GenerateConfig  # noqa: E402
+from scripts.prepare_data import PrepareConfig  # noqa: E402
+from scripts.train_tokenizer import TokenizerConfig  # noqa: E402
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SCHEMAS = {
+    "train": RunConfig,
+    "generate": GenerateConfig,
+    "prepare_data": PrepareConfig,
+    "train_tokenizer": TokenizerConfig,
+}
+NEEDED = {  # what a command or file leaves to the user
+    "generate": ["checkpoint=x", "prompt=a"],
+    "prepare_data": ["out=x"],
+    "train_tokenizer": ["out=x"],
+    "data=shards": ["data.path=x"],
+}
+# Gloeckle et al. 2024, table S14: the small models' names leave out the embeddings.
+NON_EMBEDDING = ("1m", "3m", "10m", "30m", "100m", "300m", "1b")
+TOTAL = ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b")
+
+
+def compose(name, *words):
+    register(name, SCHEMAS[name])
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        return OmegaConf.to_object(hydra.compose(name, overrides=list(words)))
+
+
+def names(group):
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+
+
+def choices():
+    return [f"{group}={name}" for group in ("model", "data", "experiment") for name in names(group)]
+
+
+def test_every_file_is_tried_below():
+    tried = {f"{name}.yaml" for name in SCHEMAS}
+    tried |= {choice.replace("=", "/") + ".yaml" for choice in choices()}
+    assert {str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")} == tried
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_command_composes_into_its_dataclass(name):
+    assert isinstance(compose(name, *NEEDED.get(name, ())), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_every_choice_composes_into_a_run_whose_rows_fit_its_context(choice):
+    config = compose("train", choice, *NEEDED.get(choice, ()))
+    assert isinstance(config, RunConfig)
+    assert config.model.n_future_tokens <= config.data.seq_len <= config.model.max_seq_len
+
+
+def test_without_choices_the_dataclasses_defaults_hold():
+    composed, defaults = asdict(compose("train")), asdict(RunConfig())
+    assert json.dumps(composed) == json.dumps(defaults)  # tuples and lists alike
+
+
+def test_the_demo_is_small_enough_for_a_laptop():
+    config = compose("train", "experiment=demo")
+    expected = estimate(config.model, config.train, config.data.seq_len)
+    assert expected["memory_bytes"] < 2**31
+    assert config.model.n_future_tokens == 4 and config.data.holdout
+
+
+# Sizes.
+
+
+@cache
+def parameters(name, n_future_tokens):
+    """(total, without embedding and unembedding); nothing is allocated."""
+    model = replace(compose("train", f"model={name}").model, n_future_tokens=n_future_tokens)
+    with torch.device("meta"):
+        shapes = Transformer(model)
+    total = sum(p.numel() for p in shapes.parameters())
+    tables = [shapes.embedding.weight, *shapes.output.weights]
+    return total, total - sum(p.numel() for p in tables)
+
+
+def said(name):
+    return float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+
+
+def test_every_model_is_measured():
+    assert sorted(NON_EMBEDDING + TOTAL) == names("model")
+
+
+@pytest.mark.parametrize("name", NON_EMBEDDING)
+def test_small_models_are_named_after_their_non_embedding_parameters(name):
+    assert parameters(name, 4)[1] == pytest.approx(said(name), rel=0.15)
+
+
+@pytest.mark.parametrize("name", TOTAL)
+def test_large_models_are_named_after_all_parameters(name):
+    assert parameters(name, 4)[0] == pytest.approx(said(name), rel=0.15)
+
+
+@pytest.mark.parametrize("name", NON_EMBEDDING + TOTAL)
+def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
+    assert len({parameters(name, n)[0] for n in (1, 2, 4)}) == 1
+
+
+# What is wrong is named.
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        *(
+            (TrainConfig, {key: 0}, f"train.{key}=0 must be at least 1")
+            for key in ("steps", "batch_size", "accumulation", "log_every", "eval_batches")
+        ),
+        *(
+            (TrainConfig, {key: -1}, f"train.{key}=-1 must be at least 0 (0 switches it off)")
+            for key in ("eval_every", "save_every")
+        ),
+        (
+            TrainConfig,
+            {"precision": "fp8"},
+            "train.precision='fp8' is unknown: allowed are float32, bfloat16",
+        ),
+        (TrainConfig, {"max_seconds": 0}, "train.max_seconds=0 must be above 0 (null for no limit"),
+        *((OptimConfig, {key: 0}, f"optim.{key}=0 must be above 0") for key in ("lr", "clip")),
+        *(
+            (OptimConfig, {key: -1}, f"optim.{key}=-1 must be at least 0")
+            for key in ("weight_decay", "warmup_steps", "final_lr_ratio")
+        ),
+        (ModelConfig, {"head": "x"}, "head='x' is unknown: allowed are transformer, linear"),
+        (ModelConfig, {"unembedding": "x"}, "unembedding='x' is unknown: allowed are shared"),
+        (DataConfig, {"source": "x"}, "data.source='x': allowed: text, folder, stdlib"),
+        (DataConfig, {"seq_len": 0}, "data.seq_len=0: must be at least 1"),
+        (MultiTokenLoss, {"n_future_tokens": 2, "cut": "x"}, "cut='x' is unknown: allowed are au"),
+        (Sampling, {"temperature": -1}, "temperature=-1 must be at least 0"),
+        (Sampling, {"top_k": -1}, "top_k=-1 must be at least 0 (0 keeps all)"),
+        (Sampling, {"top_p": 0}, "top_p=0 must lie in (0, 1]"),
+        (GenerateConfig, {}, "give either prompt=TEXT or prompts=FILE"),
+        (GenerateConfig, {"prompt": "a", "prompts": "b"}, "give either prompt=TEXT or prompts="),
+        (GenerateConfig, {"prompt": "a", "precision": "x"}, "precision='x': allowed are float32"),
+        (TokenizerConfig, {"out": str(CONFIGS)}, f"out='{CONFIGS}': exists already"),
+    ],
+)
+def test_impossible_values_are_refused_by_key_and_value(kind, values, words):
+    with pytest.raises(ValueError) as caught:
+        kind(**values)
+    assert words in str(caught.value)
+
+
+def test_impossible_values_from_the_command_line_give_the_same_message():
+    with pytest.raises(ValueError, match="train.precision='fp8' is unknown"):
+        compose("train", "train.precision=fp8")
+
+
+@pytest.mark.parametrize("word", ["model.hed=3", "trian.steps=3", "train.optim.beta=1"])
+def test_unknown_keys_are_refused_by_name(word):
+    with pytest.raises(ConfigCompositionException, match=word.partition("=")[0]):
+        compose("train", word)
+
+
+def test_unknown_choices_are_refused_with_those_there_are():
+    with pytest.raises(hydra.errors.MissingConfigException, match="nope") as caught:
+        compose("train", "model=nope")
+    assert all(name in str(caught.value) for name in names("model"))

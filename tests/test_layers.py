@@ -1,0 +1,135 @@
+"""The import table: arrows point down, nothing runs in circles, optional packages stay optional."""
+
+import ast
+import os
+import subprocess
+import sys
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "mtp").rglob("*.py"))
+OPTIONAL = (
+    *("hydra", "omegaconf", "sentencepiece", "datasets", "matplotlib"),
+    *("tensorboard", "safetensors", "pyarrow"),
+)
+# A module may import what stands in the levels above its own line, the first two lines nothing.
+LEAVES = {
+    *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.documents"),
+    "mtp.decode.contract",
+}
+EXACT = {
+    "mtp.model": {"mtp.heads", "mtp.loss", "mtp.decode.contract"},
+    "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
+    "mtp.decode.sampling": {"mtp.decode.contract"},
+}
+SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
+ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
+
+
+def name_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(file): file for file in FILES}
+INNER = {name: file for name, file in MODULES.items() if file.name != "__init__.py"}
+
+
+@cache
+def tree(file):
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports(file):
+    """Full names of all that a file imports, in functions too; names of modules where they are."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            inner = {f"{source}.{alias.name}" for alias in node.names}
+            yield from (name if name in MODULES else source for name in inner)
+
+
+def ours(file):
+    return {name for name in imports(file) if name.split(".")[0] in ("mtp", "")}
+
+
+def allowed(name):
+    if name in LEAVES:
+        return set()
+    if name in EXACT:
+        return EXACT[name]
+    if name in SIBLINGS:
+        return LEAVES | EXACT.keys()
+    return LEAVES | EXACT.keys() | SIBLINGS | set(ORDERED[: ORDERED.index(name)])
+
+
+def test_every_module_has_its_place_in_the_table():
+    assert INNER.keys() == LEAVES | EXACT.keys() | SIBLINGS | set(ORDERED)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_modules_import_only_from_below(name):
+    """Also never from the package itself, `from mtp import load`, which is above them all."""
+    assert ours(INNER[name]) <= allowed(name)
+
+
+def test_imports_have_no_cycle():
+    graph = {name: ours(file) for name, file in MODULES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_only_scripts_know_hydra():
+    files = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
+    knowing = [
+        file for file in files if {"hydra", "omegaconf"} & {x.split(".")[0] for x in imports(file)}
+    ]
+    assert not knowing
+
+
+def test_the_library_knows_neither_scripts_nor_benchmarks():
+    above = {"scripts", "benchmarks", "tests"}
+    assert not [file for file in FILES if above & {x.split(".")[0] for x in imports(file)}]
+
+
+def test_the_library_does_not_print():
+    printing = [
+        f"{file}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Name) and node.id == "print"
+    ]
+    assert not printing
+
+
+BLOCKED = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in OPTIONAL:
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+for name in MODULES:
+    importlib.import_module(name)
+try:
+    import safetensors
+except ImportError:
+    print("all imported")
+"""
+
+
+def test_every_module_imports_without_the_optional_packages():
+    script = f"OPTIONAL = {OPTIONAL}\nMODULES = {list(MODULES)}\n{BLOCKED}"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "all imported\n", done.stderr

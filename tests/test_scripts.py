@@ -1,0 +1,256 @@
+"""The commands: they run from a shell, end in files and texts, and fail in one line."""
+
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import mtp
+from mtp.hooks import read_jsonl
+
+pytest.importorskip("hydra")
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    *("model.dim=16", "model.n_layers=5", "model.n_heads=2", "model.multiple_of=8"),
+    *("model.max_seq_len=256", "data.seq_len=32", "train.batch_size=2", "train.log_every=1"),
+    *("device=cpu", "sample_every=0"),
+]
+SUMMARY = {
+    *("params", "train_tokens", "train_seconds", "val_bits_per_byte", "prompts", "identical"),
+    *("mean_acceptance_length", "acceptance_length_text", "repetition", "acceptance"),
+    *("verify_cost", "speedup", "ar_over_bare_loop", "total_seconds"),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("a", "b", "c", "held"):
+        line = f"def {name}(self, x): return {name}.x + 1\n"
+        (folder / f"{name}.txt").write_text(line * 20)
+    return [f"data.path={folder}", "data.source=text", "data.holdout=[held]"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script as `python scripts/NAME.py WORDS` does, in this process; -> stdout, stderr."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    threads = torch.get_num_threads()
+
+    def call(name, *words):
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *words])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr()
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # scripts set it; this takes it back
+    yield call
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+def shell(name, *words):
+    return subprocess.run(
+        [sys.executable, f"scripts/{name}.py", *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    """A run directory that `python scripts/train.py` left, and what the command said."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    words = [*SMALL, *texts, f"run_dir={folder}", "train.steps=30", "train.optim.lr=1e-2"]
+    done = shell("train", *words, "train.optim.warmup_steps=1")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+# From a shell.
+
+
+def test_training_leaves_a_run_and_says_how_it_went(trained):
+    folder, done = trained
+    assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == list(range(1, 31))
+    assert mtp.load(folder).config.dim == 16
+    assert done.stdout == ""
+    for words in ("parameters", "loss per head", "held out", f"saved {folder}/checkpoints/step-"):
+        assert words in done.stderr
+
+
+def test_a_command_leaves_no_files_of_its_own(trained):
+    assert not [path for path in ("outputs", "multirun", ".hydra") if (ROOT / path).exists()]
+
+
+def test_a_mistake_is_one_line_and_a_failure_for_the_shell(tmp_path):
+    done = shell("train", "train.precision=fp8", f"run_dir={tmp_path}/x")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "error: train.precision='fp8' is unknown: allowed are float32, bfloat16\n"
+    )
+
+
+# Generating.
+
+
+def generated(command, trained, *words):
+    at = [f"checkpoint={trained[0]}", "max_new_tokens=40", "device=cpu"]
+    return command("generate", *at, *words)
+
+
+@pytest.mark.parametrize("sampling", [[], ["sampling.temperature=0.8", "samples=3", "seed=5"]])
+def test_drafting_changes_the_steps_and_not_the_text(sampling, trained, command):
+    plain = generated(command, trained, "prompt='def '", *sampling)
+    drafted = generated(command, trained, "prompt='def '", "drafter=heads", *sampling)
+    assert plain.out == drafted.out and plain.out.startswith("def ")
+    assert "mean acceptance length 1.00" in plain.err
+    assert "mean acceptance length 1.00" not in drafted.err
+
+
+def test_samples_of_one_prompt_differ_and_seeds_repeat_them(trained, command):
+    words = ["prompt=d", "sampling.temperature=1", "max_new_tokens=20", "samples=2"]
+    first, again = (generated(command, trained, *words, "seed=1").out for _ in range(2))
+    other = generated(command, trained, *words, "seed=2").out
+    assert first == again != other
+
+
+def test_a_file_of_prompts_gives_a_text_per_line(trained, command, tmp_path):
+    (tmp_path / "prompts.txt").write_text("def a\ndef b\n")
+    both = generated(command, trained, f"prompts={tmp_path}/prompts.txt").out
+    alone = [generated(command, trained, f"prompt='def {name}'").out for name in "ab"]
+    assert both == "".join(alone)
+
+
+# Preparing.
+
+
+def test_training_from_shards_is_training_from_texts(texts, command, tmp_path):
+    command("prepare_data", f"out={tmp_path}/shards", "workers=1", *texts)
+    tokenizer = f"data.tokenizer={tmp_path}/shards/tokenizer"
+    from_shards = ["data=shards", f"data.path={tmp_path}/shards", tokenizer]
+    losses = []
+    for name, source in (("one", texts), ("two", from_shards)):
+        command("train", *SMALL, *source, f"run_dir={tmp_path}/{name}", "train.steps=2")
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        losses.append([{k: v for k, v in x.items() if "loss" in k} for x in lines])
+    assert losses[0] == losses[1] and "val_loss_1" in losses[0][-1]
+
+
+def test_a_trained_tokenizer_can_be_trained_with(texts, command, tmp_path):
+    pytest.importorskip("sentencepiece")
+    out = f"{tmp_path}/words.model"
+    said = command("train_tokenizer", f"out={out}", "vocab_size=300", *texts)
+    assert "300 pieces" in said.out + said.err
+    words = [*texts, "data.seq_len=8", f"data.tokenizer={out}", f"run_dir={tmp_path}/run"]
+    command("train", *SMALL, *words, "train.steps=1")
+    assert mtp.load(tmp_path / "run").config.vocab_size == 300
+
+
+# Mistakes: (script, words, what the message has to say).
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "say"),
+    [
+        ("train", ["model=nope"], ["model/nope", "300m", "13b"]),
+        ("train", ["model.hed=3"], ["model.hed", "n_layers", "head"]),
+        ("train", ["model.head=medusa"], ["head='medusa'", "transformer", "anticausal"]),
+        ("train", ["data=shards"], ["data.path"]),
+        ("train", ["data.source=text", "data.path=/nowhere"], ["data.path", "/nowhere"]),
+        ("train", ["device=gpu"], ["device='gpu'", "cpu", "cuda"]),
+        ("train", ["resume=true"], ["resume=true", "holds no checkpoint"]),
+        ("generate", ["prompt=a"], ["checkpoint"]),
+        ("generate", ["checkpoint=/nowhere", "prompt=a"], ["/nowhere is no checkpoint"]),
+        ("generate", ["checkpoint=x", "prompt=a", "prompts=b"], ["prompt=TEXT or prompts=FILE"]),
+        ("prepare_data", ["data.source=stdlib"], ["out"]),
+        ("prepare_data", ["out=x", "data.source=web"], ["data.source='web'", "jsonl"]),
+        ("train_tokenizer", ["out=x.model", "data.path=y"], ["data.path", "stdlib"]),
+    ],
+)
+def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, tmp_path, capsys):
+    run_dir = [f"run_dir={tmp_path}/run"] if script == "train" else []
+    with pytest.raises(SystemExit) as caught:
+        command(script, *words, *run_dir)
+    message = str(caught.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    assert [word for word in say if word not in message] == []
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "say"),
+    [
+        (["drafter=x"], "drafter='x' is unknown: allowed are none, heads"),
+        (["max_new_tokens=9999"], "max_seq_len is 256"),
+        (["drafter=heads", "depth=9"], "depth=9 exceeds the model's 3 extra heads"),
+    ],
+)
+def test_mistakes_in_generating_end_in_one_line(words, say, trained, command):
+    with pytest.raises(SystemExit, match="^error: ") as caught:
+        generated(command, trained, "prompt=a", *words)
+    assert say in str(caught.value.code)
+
+
+# The demo.
+
+
+@pytest.fixture
+def demo(texts, tmp_path, monkeypatch, command):
+    """The demo, with smaller prompts than it ships with; `command` cleans up after it."""
+    pytest.importorskip("matplotlib")
+    import scripts.demo
+
+    small = partial(scripts.demo.DecodeConfig, prompts=1, prompt_tokens=8, new_tokens=12, rounds=1)
+    monkeypatch.setattr(scripts.demo, "DecodeConfig", small)
+    torch.set_num_threads(1)
+    words = [*SMALL, *texts, f"run_dir={tmp_path}/demo", "train.steps=2"]
+    return lambda *more: scripts.demo.main([*words, *more])
+
+
+def test_the_demo_leaves_its_files_and_figures(demo, tmp_path, capsys):
+    demo()
+    folder = tmp_path / "demo"
+    names = {"checkpoints", "metrics.jsonl", "run.json", "loss.png", "heads.html", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    summary = json.loads((folder / "summary.json").read_text())
+    assert not SUMMARY - summary.keys()
+    assert summary["identical"] is True and summary["prompts"] == 1
+    assert len(summary["val_bits_per_byte"]) == 4 and len(summary["acceptance"]) == 3
+    assert summary["params"] == sum(p.numel() for p in mtp.load(folder).parameters())
+    assert summary["train_tokens"] == 2 * 2 * 32
+    assert 1 <= summary["acceptance_length_text"] <= 4 >= summary["mean_acceptance_length"] >= 1
+    said = capsys.readouterr().out
+    assert "the same text" in said and f"{folder}/heads.html" in said
+
+
+def test_the_demo_runs_again_over_its_own_folder(demo, tmp_path):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "checkpoints" / "step-00000099").mkdir(parents=True)
+    demo("train.steps=1")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_the_demos_sentence_says_when_there_is_no_gain_and_when_texts_differ():
+    import scripts.demo
+
+    figures = {"acceptance": [0.5] * 3, "mean_acceptance_length": 2.5, "verify_cost": 1.25}
+    good = scripts.demo.in_words(figures | {"speedup": 1.5, "identical": True})
+    bad = scripts.demo.in_words(figures | {"speedup": 0.75, "identical": False})
+    assert "Verifying 4 tokens costs 1.25 plain steps" in good and "2.50 are accepted" in good
+    assert "1.50 times faster and gives the same text" in good
+    assert "0.75 times as fast: no gain" in bad and "OTHER TEXT, which is a bug" in bad
