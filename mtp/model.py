@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = Unembedding(config)
         if config.tie_embeddings:
-            self.output.register_parameter("0", self.embedding.weight)
+            self.output.register_parameter("0", self.embedding.weight)  # type: ignore[arg-type]
         self.rotary = Rotary(config)
         self.init_weights(generator)
 

@@ -79,7 +79,7 @@ def main(words: list[str]) -> None:
 
 
 class BestThreads:
-    """A hook: on a busy machine all threads can be far slower than one, so keep trying the other."""
+    """A hook: on a busy machine all threads can be far slower than one, so keep trying both."""
 
     def __init__(self, every: int = 25) -> None:
         self.choices = (1, torch.get_num_threads())
