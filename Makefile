@@ -1,7 +1,7 @@
 # Two commands: `make demo` does the main job, `make test` checks everything. Each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-warn-script-location -q -c .ci/constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-warn-script-location --no-compile -q -c .ci/constraints.txt
 
 .PHONY: demo test clean
 

@@ -51,7 +51,7 @@ class TakesTime:
         until = time.perf_counter() + self.seconds
         while time.perf_counter() < until:
             pass
-        loss = model.weight * 0.0  # type: ignore[operator]
+        loss: Tensor = model.weight * torch.zeros(())  # type: ignore[operator]
         return loss, {"loss_1": (loss.detach(), torch.ones(()))}
 
 

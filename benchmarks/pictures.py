@@ -66,7 +66,7 @@ def heads_page(
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #1d2330; background: #f6f7f9 }}
-pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
+pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: break-spaces;
       overflow-wrap: anywhere; background: #fff; border: 1px solid #dfe3ea; border-radius: 6px;
       padding: .8rem }}
 .prompt {{ color: #8a93a3 }} small {{ color: #5c6675 }}
