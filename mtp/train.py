@@ -255,8 +255,7 @@ class _Meter:
         """Means over ranks and steps; starts anew. ValueError if a mean is not finite."""
         seconds = time.perf_counter() - self.since
         pairs = {
-            k: sum_over_ranks(torch.stack([s.double(), c.double()])).tolist()
-            for k, (s, c) in self.sums.items()
+            k: sum_over_ranks(torch.stack([s, c.to(s)])).tolist() for k, (s, c) in self.sums.items()
         }
         values = {name: total / max(count, 1) for name, (total, count) in pairs.items()}
         values["grad_norm"] = float(self.norm) if self.norm is not None else 0.0
@@ -357,21 +356,17 @@ def validate(
     accept per step on this text (teacher-forced).
     """
     device = next(model.parameters()).device
-    nll, valid_count = (
-        torch.zeros(n, device=device, dtype=torch.double),
-        torch.zeros(n, device=device, dtype=torch.double),
-    )
-    agreed, chained = torch.zeros(n - 1, device=device), torch.zeros((), device=device)
-    usable_count = torch.zeros((), device=device)
+    nll, valid_count = torch.zeros(n, dtype=torch.double), torch.zeros(n, dtype=torch.double)
+    agreed, chained, usable_count = torch.zeros(n - 1), torch.zeros(()), torch.zeros(())
     for batch in batches:
         targets, valid = future_targets(batch.to(device), n)
         nll_NBT, best = model(batch.row.to(device), score=_predictor(targets))
         agree, usable = agreements(best, valid)
-        nll += (nll_NBT * valid).sum((1, 2))
-        valid_count += valid.sum((1, 2))
-        agreed += (agree & usable).sum((1, 2))
-        chained += (agree.cumprod(0) * usable).sum()
-        usable_count += usable.sum()
+        nll += (nll_NBT * valid).sum((1, 2)).cpu()
+        valid_count += valid.sum((1, 2)).cpu()
+        agreed += (agree & usable).sum((1, 2)).cpu()
+        chained += (agree.cumprod(0) * usable).sum().cpu()
+        usable_count += usable.sum().cpu()
     loss = (nll / valid_count.clamp(min=1)).tolist()
     share = (agreed / usable_count.clamp(min=1)).tolist()
     metrics = {f"val_loss_{i}": x for i, x in enumerate(loss, 1)}

@@ -28,7 +28,7 @@ from mtp.train import Progress
 from scripts.cli import CONFIGS, register
 
 BUDGET = 480  # seconds for everything, installation included
-AFTER_TRAINING = 130  # of these, kept for loading, validation and decoding
+AFTER_TRAINING = 110  # of these, kept for loading, validation and decoding
 log = logging.getLogger("mtp")
 
 
@@ -81,7 +81,7 @@ def main(words: list[str]) -> None:
 class BestThreads:
     """A hook: on a busy machine all threads can be far slower than one, so keep trying both."""
 
-    def __init__(self, every: int = 25) -> None:
+    def __init__(self, every: int = 50) -> None:
         self.choices = (1, torch.get_num_threads())
         self.seconds: dict[int, float] = {}
         self.every, self.before = every, 0.0
