@@ -8,6 +8,7 @@ same process, interleaved.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -137,7 +138,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def fastest_threads(model: Transformer, prompt: Sequence[int], new: int = 32) -> int:
     """1, or all threads: on a busy machine two can be far slower than one. Fastest of a few."""
     times = {}
-    for threads in (1, torch.get_num_threads()):
+    for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)
         times[threads] = min(_seconds(lambda: bare_loop(model, prompt, new)) for _ in range(3))
     return min(times, key=lambda threads: times[threads])

@@ -20,6 +20,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
+from mtp.checkpoint import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
@@ -37,9 +39,7 @@ def record(
     entry = {"name": name, **circumstances(), "values": dict(values)}
     if config is not None:
         entry["config"] = asdict(config)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entry, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(entry, indent=1) + "\n")
     return path
 
 
@@ -60,19 +60,21 @@ def circumstances() -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """The accelerator, or the processor and its cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The processor with its cores, and the accelerator if there is one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+    accelerator = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {os.cpu_count()} cores{accelerator}"
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # a machine without git has results too
+        return ""
     return done.stdout.strip()
 
 

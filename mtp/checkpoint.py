@@ -102,7 +102,7 @@ def _write(
     from safetensors.torch import save_file
 
     folder.chmod(0o755)  # mkdtemp's is private
-    config = {"format_version": FORMAT_VERSION, "model": asdict(model.config), **notes}
+    config = {"format_version": FORMAT_VERSION, "model": asdict(model.config), "notes": {**notes}}
     try:
         save_file(weights, folder / _WEIGHTS)
         if training is not None:
@@ -126,6 +126,13 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: a reader or a crash sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def find(where: str | Path) -> Path:
@@ -154,7 +161,7 @@ def load(
     tensors.
     """
     folder = find(where)
-    model = Transformer(load_config(folder)).to(device=device, dtype=dtype)
+    model = Transformer(load_config(folder), torch.Generator()).to(device=device, dtype=dtype)
     load_weights(model, folder)
     return model
 
@@ -198,8 +205,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 def _derived(model: nn.Module) -> set[str]:
     """Entries of the state dict that repeat another: a tied unembedding."""
-    own = {name for name, _ in model.named_parameters()}
-    return set(model.state_dict()) - own
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
 
 
 def _read(path: Path) -> dict[str, Tensor]:

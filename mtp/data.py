@@ -98,6 +98,8 @@ class Corpus:
         if not encoded:
             raise ValueError("a corpus needs at least one document")
         tokens, ends, keep = _join(encoded)
+        if not keep.any():
+            raise ValueError("a corpus needs at least one target: no completion, no assistant turn")
         n_bytes = sum(document.n_bytes for document in encoded)
         fingerprint = _fingerprint(tokenizer, (document.digest for document in encoded))
         return cls(tokens, ends, None if keep.all() else keep, n_bytes, fingerprint)
@@ -176,7 +178,7 @@ def prepare_shards(
     tokenizer = load_tokenizer(config.tokenizer)
     try:
         tokenizer.save(partial / "tokenizer")
-        for held_out in (False, True):
+        for held_out in (True, False):  # the small part first: it finds what is wrong early
             documents = iter_documents(config, held_out)
             encoded = _encode_all(documents, config.tokenizer, workers)
             _write_shards(encoded, tokenizer, partial / PARTS[held_out], shard_tokens, report)

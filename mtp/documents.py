@@ -10,7 +10,7 @@ import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -251,7 +251,12 @@ def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
         config = replace(config, path=path, split=split)
     groups: set[str] = set()
     empty = True
-    for document in SOURCES[config.source](config):
+    documents = SOURCES[config.source](config)
+    first = list(islice(documents, 2))
+    if len(first) == 1 and len(first[0].segments) == 1 and config.val_fraction:
+        if not separate and not config.holdout:  # one book: its end is held out
+            first, separate = [_part(first[0], config.val_fraction, held_out)], True
+    for document in chain(first, documents):
         groups |= _groups(document)
         if document.text and (separate or _is_held_out(document, config) == held_out):
             empty = False
@@ -269,6 +274,13 @@ def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
 def load_documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
     """The training and the held-out documents."""
     return list(iter_documents(config, False)), list(iter_documents(config, True))
+
+
+def _part(document: Document, share: float, held_out: bool) -> Document:
+    """The beginning of a lone text, or its last `share`, cut at the start of a line."""
+    ((text, is_target),) = document.segments
+    at = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1
+    return Document(((text[at:] if held_out else text[:at], is_target),), document.name)
 
 
 def _groups(document: Document) -> set[str]:

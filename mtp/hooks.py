@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mtp import checkpoint
 from mtp.decode.contract import Request
 from mtp.decode.drafters import OwnHeads
 from mtp.decode.loop import generate
@@ -32,9 +32,8 @@ class JsonlLog:
             if path.exists()
             else []
         )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        if rank() == 0:
+            checkpoint.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def __call__(self, progress: Progress) -> None:
         if progress.metrics and rank() == 0:
@@ -81,7 +80,7 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder))
 
     def __call__(self, progress: Progress) -> None:
-        for name, value in progress.metrics.items():
+        for name, value in progress.metrics.items() if rank() == 0 else ():
             self.writer.add_scalar(name, value, progress.step)
 
 

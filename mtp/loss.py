@@ -115,6 +115,8 @@ def sequential(
     loss. `chunk` positions are unembedded at a time; by default as many as keep a chunk of logits
     near 2^23 numbers.
     """
+    if len(fns) != len(targets_NBT):
+        raise ValueError(f"the model has {len(fns)} heads, the loss {len(targets_NBT)} targets")
     if any(type(p).__name__ == "DTensor" for p in (*weights, *params)):
         raise RuntimeError(
             "a sharded parameter was reached outside its own module: "
@@ -307,6 +309,8 @@ class MultiTokenLoss:
     score: Score = sequential
 
     def __post_init__(self) -> None:
+        if self.n_future_tokens < 1:
+            raise ValueError(f"n_future_tokens={self.n_future_tokens} must be at least 1")
         if self.head_weights is not None and len(self.head_weights) != self.n_future_tokens:
             raise ValueError(
                 f"head_weights has {len(self.head_weights)} numbers for "
@@ -325,10 +329,11 @@ class MultiTokenLoss:
         self, model: nn.Module, batch: Batch, denominator: Tensor
     ) -> tuple[Tensor, Metrics]:
         targets_NBT, valid_NBT = future_targets(batch, self.n_future_tokens)
-        head_weights = torch.tensor(
-            self.head_weights or [1.0] * self.n_future_tokens, device=denominator.device
-        )
-        scale_NBT = valid_NBT * (head_weights / denominator)[:, None, None]
+        dtype = _wide(next(model.parameters()).dtype)
+        weights = self.head_weights or [1.0] * self.n_future_tokens
+        head_weights = torch.tensor(weights, dtype=dtype, device=denominator.device)
+        # A head without valid targets has a zero mask: its loss is zero, whatever it is divided by.
+        scale_NBT = valid_NBT * (head_weights / denominator.clamp(min=1e-30))[:, None, None]
 
         def score(fns, inputs, weights, params):
             return self.score(fns, inputs, weights, targets_NBT, scale_NBT, params)
@@ -351,4 +356,4 @@ def mtp_loss(
     objective, batch = MultiTokenLoss(n), plain_batch(row)
     count = objective.count(batch)
     loss, metrics = objective(model, batch, count)
-    return loss, torch.stack([total / size for total, size in metrics.values()])
+    return loss, torch.stack([total / size.clamp(min=1) for total, size in metrics.values()])

@@ -153,6 +153,7 @@ class Rotary:
         self.frequency = config.rope_theta ** -(half / config.head_dim)
         self.reserve(config.max_seq_len)
 
+    @torch.inference_mode(False)  # training may follow decoding
     def reserve(self, positions: int) -> None:
         angles = torch.outer(torch.arange(positions, device="cpu"), self.frequency)[:, None]
         cos, sin = angles.cos(), angles.sin()

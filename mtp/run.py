@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -73,8 +74,7 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     log.info("%s", describe(expected))
     if config.dry_run:
         return None
-    state = _open_run_dir(run_dir, config.resume)
-    (run_dir / "run.json").write_text(json.dumps(asdict(config), indent=1))
+    state = _open_run_dir(run_dir, config.resume, expected["disk_bytes"])
     held_out = load_corpus(config.data, tokenizer, True)
     batches, notes = _batches(config, tokenizer, model_config.n_future_tokens)
     generator = torch.Generator().manual_seed(config.train.seed)
@@ -83,6 +83,8 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
         _check_same(checkpoint.load_config(checkpoint.find(run_dir)), model_config)
         checkpoint.load_weights(model, checkpoint.find(run_dir))
     notes |= {"tokenizer": tokenizer.fingerprint}
+    if rank() == 0:
+        checkpoint.write_text(run_dir / "run.json", json.dumps(asdict(config), indent=1))
 
     def save(progress: Progress, optimizer: torch.optim.Optimizer) -> None:
         if rank() == 0:
@@ -153,7 +155,9 @@ def _batches(
     return Batches(corpus, data.seq_len, n, rows, data.seed, *ranks), {"data": corpus.fingerprint}
 
 
-def _open_run_dir(run_dir: Path, resume: bool) -> checkpoint.TrainingState | None:
+def _open_run_dir(
+    run_dir: Path, resume: bool, disk_bytes: float
+) -> checkpoint.TrainingState | None:
     """Make sure that the run can write there, and that nothing is mixed up with an earlier run."""
     started = (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").glob("step-*"))
     if started and not resume:
@@ -167,6 +171,12 @@ def _open_run_dir(run_dir: Path, resume: bool) -> checkpoint.TrainingState | Non
         tempfile.TemporaryFile(dir=run_dir).close()
     except OSError as error:
         raise OSError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    free = shutil.disk_usage(run_dir).free
+    if free < disk_bytes:
+        raise OSError(
+            f"run_dir={run_dir} has {free / 2**20:,.0f} MiB free, the run's checkpoints need about "
+            f"{disk_bytes / 2**20:,.0f}: save less often (train.save_every) or elsewhere"
+        )
     return checkpoint.load_training(run_dir) if resume else None
 
 

@@ -54,7 +54,7 @@ class OptimConfig:
 @dataclass
 class TrainConfig:
     """batch_size: rows per micro-batch and rank. max_seconds: finish early, the schedule shortened
-    to fit; None for no limit.
+    to fit; None for no limit. Only optimizer steps count, not evaluation, samples and saving.
 
     precision: of the forward pass (bfloat16 is autocast, weights stay fp32). compile: torch.compile
     on every block; without a working compiler the run goes on uncompiled, with a warning. Zero
@@ -71,7 +71,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 16
-    save_every: int = 0
+    save_every: int = 1000
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
@@ -147,8 +147,8 @@ def train(
     save: Callable[[Progress, torch.optim.Optimizer], None] | None = None,
     resume: checkpoint.TrainingState | None = None,
 ) -> Progress:
-    """Train until config.steps (or max_seconds); k steps, resume, k steps equal 2k steps bit for
-    bit.
+    """Train until config.steps (or max_seconds). A run of 2k steps that was stopped after k and
+    resumed equals the uninterrupted one bit for bit, unless the clock (max_seconds) had a say.
 
     evaluate(model) -> metrics to log; save(progress, optimizer) writes a checkpoint. ValueError
     names the step at which batches ran out or the loss stopped being finite.
@@ -169,7 +169,9 @@ def train(
         tokens = train_step(model, batches, loss_fn, config, optimizer, meter, progress.step)
         progress.step += 1
         progress.tokens += tokens * world_size()
-        progress.seconds += time.perf_counter() - started
+        progress.seconds += meter.end_step(tokens, started, progress.step % config.log_every == 0)
+        if config.max_seconds is not None:  # ranks must end, and decay, together
+            progress.seconds = _mean_over_ranks(progress.seconds)
         progress.done = _done(progress, config)
         due = _Due(progress.step, finished(progress, config))
         progress.metrics = {}
@@ -227,12 +229,10 @@ def train_step(
             loss, metrics = loss_fn(model, batch, denominator)
         loss.backward()
         meter.add(metrics)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+    meter.norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(int(b.row.shape[0]) * (b.row.shape[1] - len(denominator)) for b in micro)
-    meter.end_step(norm, tokens)
-    return tokens
+    return sum(int(b.row.shape[0]) * (b.row.shape[1] - len(denominator)) for b in micro)
 
 
 class _Meter:
@@ -241,19 +241,23 @@ class _Meter:
     def __init__(self) -> None:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.norm: Tensor | None = None
-        self.tokens, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.tokens, self.waited, self.seconds = 0, 0.0, 0.0
 
     def add(self, metrics: Metrics) -> None:
         for name, (total, count) in metrics.items():
             old = self.sums.get(name, (0, 0))
             self.sums[name] = (old[0] + total.detach(), old[1] + count)
 
-    def end_step(self, norm: Tensor, tokens: int) -> None:
-        self.norm, self.tokens = norm, self.tokens + tokens
+    def end_step(self, tokens: int, started: float, catch_up: bool) -> float:
+        """Seconds of the step; `catch_up` lets the device finish before the clock is read."""
+        if catch_up and self.norm is not None:
+            self.norm.item()
+        seconds = time.perf_counter() - started
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        return seconds
 
     def read(self, step: int) -> dict[str, float]:
         """Means over ranks and steps; starts anew. ValueError if a mean is not finite."""
-        seconds = time.perf_counter() - self.since
         pairs = {
             k: sum_over_ranks(torch.stack([s, c.to(s)])).tolist() for k, (s, c) in self.sums.items()
         }
@@ -264,10 +268,14 @@ class _Meter:
                 f"step {step}: the loss or its gradient is not finite ({values}): "
                 f"lower the learning rate"
             )
-        values["tokens_per_second"] = self.tokens * world_size() / max(seconds, 1e-9)
-        values["data_wait"] = self.waited / max(seconds, 1e-9)
+        values["tokens_per_second"] = self.tokens * world_size() / max(self.seconds, 1e-9)
+        values["data_wait"] = self.waited / max(self.seconds, 1e-9)
         self.__init__()  # type: ignore[misc]
         return values
+
+
+def _mean_over_ranks(x: float) -> float:
+    return float(sum_over_ranks(torch.tensor(x, dtype=torch.double))) / world_size()
 
 
 def _done(progress: Progress, config: TrainConfig) -> float:
@@ -357,7 +365,8 @@ def validate(
     """
     device = next(model.parameters()).device
     nll, valid_count = torch.zeros(n, dtype=torch.double), torch.zeros(n, dtype=torch.double)
-    agreed, chained, usable_count = torch.zeros(n - 1), torch.zeros(()), torch.zeros(())
+    agreed = torch.zeros(n - 1, dtype=torch.double)
+    chained, usable_count = torch.zeros(2, dtype=torch.double)
     for batch in batches:
         targets, valid = future_targets(batch.to(device), n)
         nll_NBT, best = model(batch.row.to(device), score=_predictor(targets))

@@ -46,8 +46,8 @@ def main(words: list[str]) -> None:
     started = next((float(w.split("=")[1]) for w in words if w.startswith("started=")), time.time())
     config = compose([word for word in words if not word.startswith("started=")])
     folder = Path(config.run_dir)
-    if (folder / "run.json").exists():
-        shutil.rmtree(folder)  # an earlier demo's: this one starts anew
+    if folder == Path("runs/demo") and folder.exists():
+        shutil.rmtree(folder)  # an earlier demo's own folder: this one starts anew
     training, held_out = load_documents(config.data)
     overlap = ngram_overlap([d.text for d in training], [d.text for d in held_out])
     log.info("%d files to train on, %d held out", len(training), len(held_out))
@@ -129,8 +129,11 @@ def table(s: dict[str, Any]) -> str:
         "trained on": f"{s['train_tokens'] / 1e6:.2f} MB in {s['train_seconds']:.0f} s",
         "bits per byte, held out, heads 1..n": " ".join(f"{b:.2f}" for b in s["val_bits_per_byte"]),
         "acceptance length, teacher-forced": f"{s['acceptance_length_text']:.2f}",
-        "acceptance length, decoded": f"{s['mean_acceptance_length']:.2f}",
-        "repeated 16-grams in what was decoded": f"{s['repetition']:.0%}",
+        f"acceptance length, temperature {s['temperature']}": f"{s['mean_acceptance_length']:.2f}",
+        "repeated 16-grams in that text": f"{s['repetition']:.0%}",
+        "the same two for greedy text": "{mean_acceptance_length:.2f} and {repetition:.0%}".format(
+            **s["greedy"]
+        ),
         "accepted at each depth": " ".join(f"{a:.2f}" for a in s["acceptance"]),
         "cost of a verifying step, in plain steps": f"{s['verify_cost']:.2f}",
         "speedup, median over prompts": f"{s['speedup']:.2f} (quartiles {low:.2f}, {high:.2f})",

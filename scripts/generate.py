@@ -36,17 +36,26 @@ class GenerateConfig:
     sampling: mtp.Sampling = field(default_factory=mtp.Sampling)
 
     def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1")
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError("give either prompt=TEXT or prompts=FILE")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from error
+
+
 def complete(config: GenerateConfig) -> None:
     torch.set_num_threads(1)  # rows of one step are too small to share
     model = mtp.load(config.checkpoint, find_device(config.device), PRECISIONS[config.precision])
     tokenizer = mtp.load_tokenizer(config.checkpoint)
-    texts = Path(config.prompts).read_text().splitlines() if config.prompts else [config.prompt]
+    texts = _lines(Path(config.prompts)) if config.prompts else [config.prompt]
     drafter = make_drafter(config.drafter, config.depth)
     seeds = range(config.seed, config.seed + config.samples)
     requests = [

@@ -22,6 +22,8 @@ class TokenizerConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
+        if Path(self.out).suffix != ".model" or not Path(self.out).parent.is_dir():
+            raise ValueError(f"out={self.out!r}: give a .model file in a folder that exists")
         if Path(self.out).exists():
             raise ValueError(f"out={self.out!r}: exists already and is not overwritten")
 

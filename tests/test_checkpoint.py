@@ -80,7 +80,7 @@ def test_training_state_comes_back_bit_for_bit(saved):
 
 def test_the_tokenizer_and_the_notes_come_back(saved):
     assert load_tokenizer(saved).fingerprint == ByteTokenizer.fingerprint
-    assert json.loads((saved / "config.json").read_text())["note"] == [1, "two"]
+    assert json.loads((saved / "config.json").read_text())["notes"]["note"] == [1, "two"]
 
 
 def test_the_folder_holds_the_documented_files_and_nothing_pickled(saved):

@@ -7,8 +7,8 @@ different lengths share a pass: each writes to its own slots.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +50,9 @@ def generate(
         RULES[rule](sampling or Sampling()),
         min(batch_size, len(requests)),
     )
-    while loop.fill():
-        loop.step()
+    with torch.autocast(loop.cache.k.device.type, enabled=False):  # the cache has one dtype
+        while loop.fill():
+            loop.step()
     return loop.completions
 
 
@@ -81,6 +82,7 @@ class _Loop:
         self.completions = [Completion() for _ in requests]
         self.waiting = list(range(len(requests)))[::-1]
         self.owner: list[int | None] = [None] * rows
+        self.prompts: list[Sequence[int] | None] = [None] * rows  # whose cache still stands
         self.prompt_end: list[Tensor | None] = [None] * rows
         overhang = (
             model.config.n_future_tokens + drafter.depth
@@ -111,7 +113,8 @@ class _Loop:
             while self.waiting and self.owner[row] is None:
                 self._admit(row, self.waiting.pop())
             if self.owner[row] is None:
-                self.state.length[row] = 1  # an idle row spins in place
+                self.state.length[row] = 1  # an idle row spins in place, over its old prompt
+                self.prompts[row] = None
         return any(owner is not None for owner in self.owner)
 
     def _admit(self, row: int, i: int) -> None:
@@ -120,18 +123,12 @@ class _Loop:
         """
         state, request = self.state, self.requests[i]
         length = len(request.prompt)
-        source = next(
-            (
-                r
-                for r, o in enumerate(self.owner)
-                if o is not None and self.requests[o].prompt == request.prompt
-            ),
-            None,
-        )
+        source = next((r for r, p in enumerate(self.prompts) if p == request.prompt), None)
         self.owner[row], state.length[row], state.seed[row] = i, length, request.seed
+        self.prompts[row] = request.prompt
         if source is None:
             self._read_prompt(row, torch.tensor([list(request.prompt)], device=state.text.device))
-        else:
+        elif source != row:
             self._copy_prompt(source, row, length)
         self.drafter.admit(state, row, source)
         logits = self.model.logits(self.prompt_end[row])
@@ -243,8 +240,10 @@ def cache_bytes(model: Any, rows: int, slots: int, memo: bool = True) -> int:
 
 def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system counts its free pages
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not every system says
         return None

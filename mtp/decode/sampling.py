@@ -74,7 +74,7 @@ class Sampling:
                 logits < logits.topk(self.top_k, -1).values[..., -1:], -math.inf
             )
         if self.top_p < 1:
-            ordered, order = logits.sort(-1, descending=True)
+            ordered, order = logits.sort(dim=-1, descending=True, stable=True)
             mass = ordered.softmax(-1)
             beyond = mass.cumsum(-1) - mass >= self.top_p  # enough mass stands before it
             cut = torch.zeros_like(beyond).scatter(-1, order, beyond)
