@@ -387,7 +387,8 @@ class Transformer(nn.Module):
         rotation = self.rotary(layout.positions)
         x = self.embedding(tokens)
         for block, layer in zip(self.trunk, cache.layers, strict=False):
-            x = block(x, rotation, layout, layer)
+            # Not block(...): a step is too short for hooks, and no shape to compile for.
+            x = block.forward(x, rotation, layout, layer)
         return self.heads.next(x, rotation, layout, cache.layers[len(self.trunk) :])
 
     def guess(self, memo: Tensor, layout: Layout, cache: Cache, upto: int) -> list[Tensor]:

@@ -99,7 +99,9 @@ def test_spread_is_the_quartiles():
 def test_measured_figures_add_up_to_what_was_decoded(threads):
     torch.set_num_threads(1)
     model = tiny(gain=2.0, max_seq_len=64).float()
-    config = DecodeConfig(prompts=2, prompt_tokens=8, new_tokens=12, rounds=1)
+    config = DecodeConfig(
+        prompts=2, prompt_tokens=8, new_tokens=12, bare_tokens=12, temperature=0.0
+    )
     reported = []
     figures, done = measure(model, [PROMPT, PROMPT[::-1]], config, reported.append)
     assert reported == done and [d.prompt for d in done] == [PROMPT, PROMPT[::-1]]
@@ -117,7 +119,7 @@ def test_another_text_is_never_called_identical(threads, monkeypatch):
     torch.set_num_threads(1)
     model = tiny().float()
     monkeypatch.setattr("benchmarks.decode.bare_loop", lambda model, prompt, new: [0] * new)
-    config = DecodeConfig(prompt_tokens=8, new_tokens=4, rounds=1)
+    config = DecodeConfig(prompt_tokens=8, new_tokens=4, bare_tokens=4)
     assert not measure(model, [PROMPT], config)[0]["identical"]
 
 

@@ -34,7 +34,7 @@ SCHEMAS = {
 NEEDED = {  # what a command or file leaves to the user
     "generate": ["checkpoint=x", "prompt=a"],
     "prepare_data": ["out=x"],
-    "train_tokenizer": ["out=x"],
+    "train_tokenizer": ["out=x.model"],
     "data=shards": ["data.path=x"],
 }
 # Gloeckle et al. 2024, table S14: the small models' names leave out the embeddings.
@@ -159,7 +159,7 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
         (GenerateConfig, {}, "give either prompt=TEXT or prompts=FILE"),
         (GenerateConfig, {"prompt": "a", "prompts": "b"}, "give either prompt=TEXT or prompts="),
         (GenerateConfig, {"prompt": "a", "precision": "x"}, "precision='x': allowed are float32"),
-        (TokenizerConfig, {"out": str(CONFIGS)}, f"out='{CONFIGS}': exists already"),
+        (TokenizerConfig, {"out": str(CONFIGS)}, f"out='{CONFIGS}': give a .model file"),
     ],
 )
 def test_impossible_values_are_refused_by_key_and_value(kind, values, words):

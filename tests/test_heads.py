@@ -125,6 +125,6 @@ def test_fresh_residual_heads_repeat_the_next_token_head(device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_the_next_token_and_of_drafts_are_all_attention_layers(kind):
     model = tiny(kind)
-    attention = sum(name.endswith("attention") for name, _ in model.named_modules())
+    attention = sum(name.endswith("wqkv") for name, _ in model.named_modules())
     assert model.next_layers + model.rest_layers == attention
     assert model.rest_layers == (N - 1 if kind in ("transformer", "causal") else 0)

@@ -213,7 +213,9 @@ def demo(texts, tmp_path, monkeypatch, command):
     pytest.importorskip("matplotlib")
     import scripts.demo
 
-    small = partial(scripts.demo.DecodeConfig, prompts=1, prompt_tokens=8, new_tokens=12, rounds=1)
+    small = partial(
+        scripts.demo.DecodeConfig, prompts=1, prompt_tokens=8, new_tokens=12, bare_tokens=12
+    )
     monkeypatch.setattr(scripts.demo, "DecodeConfig", small)
     torch.set_num_threads(1)
     words = [*SMALL, *texts, f"run_dir={tmp_path}/demo", "train.steps=2"]
@@ -236,13 +238,12 @@ def test_the_demo_leaves_its_files_and_figures(demo, tmp_path, capsys):
     assert "the same text" in said and f"{folder}/heads.html" in said
 
 
-def test_the_demo_runs_again_over_its_own_folder(demo, tmp_path):
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    (folder / "run.json").write_text("{}")
-    (folder / "checkpoints" / "step-00000099").mkdir(parents=True)
-    demo("train.steps=1")
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+def test_the_demo_leaves_the_runs_of_others_alone(demo, tmp_path):
+    kept = tmp_path / "demo" / "checkpoints" / "step-00000099"
+    kept.mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        demo("train.steps=1")
+    assert kept.is_dir()
 
 
 def test_the_demos_sentence_says_when_there_is_no_gain_and_when_texts_differ():
