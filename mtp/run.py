@@ -77,6 +77,8 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     state = _open_run_dir(run_dir, config.resume, expected["disk_bytes"])
     held_out = load_corpus(config.data, tokenizer, True)
     batches, notes = _batches(config, tokenizer, model_config.n_future_tokens)
+    if _step(state) >= config.train.steps:
+        log.info("the run has done its %d steps already: nothing is left to do", _step(state))
     generator = torch.Generator().manual_seed(config.train.seed)
     model = Transformer(model_config, generator).to(device)
     if state is not None:

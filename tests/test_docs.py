@@ -36,7 +36,8 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for line in blocks("README.md", "sh").splitlines():
         training = "scripts/train.py" in line and "dry_run" not in line
-        words = shlex.split(line + (f" sample_every=0 {TINY}" if training else ""))
+        words = shlex.split(line, comments=True)
+        words += f"sample_every=0 {TINY}".split() if training else []
         assert words[0] == "python"
         done = subprocess.run(
             [sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True
