@@ -171,7 +171,7 @@ def train(
         progress.tokens += tokens * world_size()
         progress.seconds += meter.end_step(tokens, started, progress.step % config.log_every == 0)
         if config.max_seconds is not None:  # ranks must end, and decay, together
-            progress.seconds = _mean_over_ranks(progress.seconds)
+            progress.seconds = _mean_over_ranks(progress.seconds, model)
         progress.done = _done(progress, config)
         due = _Due(progress.step, finished(progress, config))
         progress.metrics = {}
@@ -274,8 +274,12 @@ class _Meter:
         return values
 
 
-def _mean_over_ranks(x: float) -> float:
-    return float(sum_over_ranks(torch.tensor(x, dtype=torch.double))) / world_size()
+def _mean_over_ranks(x: float, model: nn.Module) -> float:
+    """Through the model's device: NCCL knows no other."""
+    if world_size() == 1:
+        return x
+    device = next(model.parameters()).device
+    return float(sum_over_ranks(torch.tensor(x, device=device))) / world_size()
 
 
 def _done(progress: Progress, config: TrainConfig) -> float:
