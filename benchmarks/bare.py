@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp.decode.contract import Request
+from mtp.decode.loop import Decoding
 from mtp.model import Transformer, rotate
 
 Caches = list[tuple[Tensor, Tensor]]
@@ -69,28 +71,52 @@ def next_latent(
     return block(model.heads.heads[0], x, rotation, caches[len(model.trunk)], at, mask), x
 
 
-@torch.inference_mode()
-def bare_loop(model: Transformer, prompt: Sequence[int], new: int) -> list[int]:
-    """Greedy decoding of `new` tokens."""
+def bare_loop(model: Transformer, prompt: Sequence[int], new: int) -> Iterator[int]:
+    """Greedy decoding of `new` tokens, one at a time. Call under inference_mode."""
     caches = empty_caches(model, len(model.trunk) + 1, len(prompt) + new)
     latent, _ = next_latent(model, torch.tensor([list(prompt)]), caches, 0)
-    out: list[int] = []
     weight = model.output.weights[0]
-    while True:
+    for at in range(len(prompt), len(prompt) + new):
         token = F.linear(model.norm(latent[:, -1:]), weight).argmax(-1)
-        out.append(int(token))
-        if len(out) == new:
-            return out
-        latent, _ = next_latent(model, token, caches, len(prompt) + len(out) - 1)
+        yield int(token)
+        if at + 1 < len(prompt) + new:
+            latent, _ = next_latent(model, token, caches, at)
 
 
 @torch.inference_mode()
-def verify_cost(model: Transformer, cached: int, repeats: int = 60) -> float:
+def plain_steps_against_bare(
+    model: Transformer, prompt: Sequence[int], new: int
+) -> tuple[list[float], bool]:
+    """Time of a step of the plainest loop over that of a step of ours, pair by pair, the two taking
+    turns within one text; and whether the texts are the same.
+    """
+    ours = Decoding(model, [Request(prompt, new)])
+    bare = bare_loop(model, prompt, new)
+    ours.fill()
+    text, pairs = [next(bare)], []
+
+    def our_step() -> None:
+        ours.fill()
+        ours.step()
+
+    def bare_step() -> None:
+        text.append(next(bare))
+
+    for i in range(new - 1):
+        first, second = (our_step, bare_step) if i % 2 else (bare_step, our_step)
+        seconds = {first: _seconds(first), second: _seconds(second)}
+        pairs.append(seconds[bare_step] / seconds[our_step])
+    return pairs, text == ours.completions[0].tokens
+
+
+@torch.inference_mode()
+def verify_cost(model: Transformer, cached: int, repeats: int = 30) -> float:
     """Time of one forward over n positions through trunk and all n heads, over that of one position
     through trunk and head 1.
 
-    Same cache length, interleaved, median of the pairs' ratios; no decoding logic in either. Extra
-    heads are unembedded at one position, as a drafter needs them.
+    Same cache length, no decoding logic in either, median of the pairs' ratios. A pair is two short
+    bursts, since a decoder takes many like steps in a row and finds its weights and code in the
+    processor's caches. Extra heads are unembedded at one position, as a drafter needs them.
     """
     n, weight = model.config.n_future_tokens, model.output.weights
     caches = empty_caches(model, len(model.trunk) + n, cached + n)
@@ -111,34 +137,37 @@ def verify_cost(model: Transformer, cached: int, repeats: int = 60) -> float:
             latent = block(head, z, rotation, caches[len(model.trunk) + i], cached, mask)
             F.linear(model.norm(latent[:, -1:]), weight[i % len(weight)]).argmax(-1)
 
-    return ratio(verify, plain, repeats)[0]
+    return ratio(verify, plain, repeats, burst=8)
 
 
-def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and interquartile range of time(a) / time(b) over interleaved pairs, after two
-    warm-ups of each.
+def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int, burst: int = 1) -> float:
+    """Median of time(a) / time(b) over interleaved pairs of `burst` calls each, after two warm-ups
+    of each.
     """
     for _ in range(2):
         a(), b()
     pairs = []
     for i in range(repeats):
         first, second = (a, b) if i % 2 else (b, a)
-        times = {first: _seconds(first), second: _seconds(second)}
+        times = {first: _seconds(first, burst), second: _seconds(second, burst)}
         pairs.append(times[a] / times[b])
-    quartiles = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else [pairs[0]] * 3
-    return statistics.median(pairs), quartiles[2] - quartiles[0]
+    return statistics.median(pairs)
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], times: int = 1) -> float:
     started = time.perf_counter()
-    call()
+    for _ in range(times):
+        call()
     return time.perf_counter() - started
 
 
+@torch.inference_mode()
 def fastest_threads(model: Transformer, prompt: Sequence[int], new: int = 32) -> int:
     """1, or all threads: on a busy machine two can be far slower than one. Fastest of a few."""
     times = {}
     for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)
-        times[threads] = min(_seconds(lambda: bare_loop(model, prompt, new)) for _ in range(3))
+        times[threads] = min(
+            _seconds(lambda: list(bare_loop(model, prompt, new))) for _ in range(3)
+        )
     return min(times, key=lambda threads: times[threads])

@@ -3,10 +3,10 @@
     python -m benchmarks.decode model=runs/demo
 
 Plain and self-speculative decoding take turns on every prompt, in one process, batch 1, fp32, with
-the same noise, so that their texts must be equal; so do plain greedy decoding and the plainest
-loop. Ratios are per prompt; medians are reported with quartiles. Greedy text of a small model runs
-into loops, which flatter its drafts or ruin them, so texts are sampled and the greedy figures stand
-beside. The last line is one JSON object.
+the same noise, so that their texts must be equal; our plain greedy decoding and the plainest loop
+take turns at every step. Medians are reported with quartiles, of speedups over the prompts, of
+steps over all pairs. Greedy text of a small model runs into loops, which flatter its drafts or ruin
+them, so texts are sampled and the greedy figures stand beside. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mtp
-from benchmarks.bare import bare_loop, fastest_threads, verify_cost
+from benchmarks.bare import fastest_threads, plain_steps_against_bare, verify_cost
 from benchmarks.record import parse, record
 from mtp.data import DataConfig, Document, iter_documents
-from mtp.decode.contract import Completion
+from mtp.decode.contract import Completion, Drafter
 from mtp.model import Transformer
 from mtp.tokenizer import Tokenizer
 
@@ -40,18 +39,19 @@ class DecodeConfig:
     new_tokens: int = 256
     bare_tokens: int = 64  # of the greedy comparison with the plainest loop
     temperature: float = 0.5
-    rounds: int = 1  # of that comparison, each there and back
 
 
 @dataclass
 class Decoded:
-    """One prompt under both decoders, with each decoder's fastest time of all rounds."""
+    """One prompt under both decoders; bare_over_plain: of each pair of greedy steps."""
 
     prompt: list[int]
     plain: Completion
     drafted: Completion
     same: bool
-    seconds: dict[str, float]
+    plain_seconds: float
+    drafted_seconds: float
+    bare_over_plain: list[float]
 
 
 def held_out_prompts(
@@ -70,24 +70,17 @@ def held_out_prompts(
 
 
 def decode(model: Transformer, prompt: list[int], config: DecodeConfig) -> Decoded:
-    request, sampling = [mtp.Request(prompt, config.new_tokens)], mtp.Sampling(config.temperature)
-    short = [mtp.Request(prompt, config.bare_tokens)]
-    ways: dict[str, Callable[[], Any]] = {
-        "plain": lambda: mtp.generate(model, request, None, sampling)[0],
-        "drafted": lambda: mtp.generate(model, request, mtp.OwnHeads(), sampling)[0],
-        "short": lambda: mtp.generate(model, short)[0],
-        "bare": lambda: bare_loop(model, prompt, config.bare_tokens),
-    }
-    results: dict[str, Any] = {}
-    seconds = dict.fromkeys(ways, float("inf"))
-    turns = [("plain", "drafted"), *[("bare", "short"), ("short", "bare")] * config.rounds]
-    for name in chain.from_iterable(turns):
+    def timed(drafter: Drafter | None) -> tuple[Completion, float]:
+        request, sampling = mtp.Request(prompt, config.new_tokens), mtp.Sampling(config.temperature)
         started = time.perf_counter()
-        results[name] = ways[name]()
-        seconds[name] = min(seconds[name], time.perf_counter() - started)
-    plain, drafted = results["plain"], results["drafted"]
-    same = plain.tokens == drafted.tokens and results["short"].tokens == results["bare"]
-    return Decoded(prompt, plain, drafted, same, seconds)
+        completion = mtp.generate(model, [request], drafter, sampling)[0]
+        return completion, time.perf_counter() - started
+
+    plain, plain_seconds = timed(None)
+    drafted, drafted_seconds = timed(mtp.OwnHeads())
+    pairs, same = plain_steps_against_bare(model, prompt, config.bare_tokens)
+    same = same and plain.tokens == drafted.tokens
+    return Decoded(prompt, plain, drafted, same, plain_seconds, drafted_seconds, pairs)
 
 
 def measure(
@@ -106,8 +99,8 @@ def measure(
     steps = sum(d.drafted.steps for d in done)
     accepted = [sum(x) for x in zip(*(d.drafted.accepted for d in done), strict=True)]
     drafted = [sum(x) for x in zip(*(d.drafted.drafted for d in done), strict=True)]
-    speedup = [d.seconds["plain"] / d.seconds["drafted"] for d in done]
-    against_bare = [d.seconds["bare"] / d.seconds["short"] for d in done]
+    speedup = [d.plain_seconds / d.drafted_seconds for d in done]
+    against_bare = [pair for d in done for pair in d.bare_over_plain]
     figures = {
         "prompts": len(done),
         "new_tokens": config.new_tokens,

@@ -395,6 +395,16 @@ class Transformer(nn.Module):
         """memo (R, T, D') -> latents (R, T, D) of heads 2..upto."""
         return self.heads.rest(memo, self.rotary(layout.positions), layout, cache.layers, upto)
 
-    def logits(self, latent: Tensor, head: int = 1) -> Tensor:
-        """Latent (..., D) of a head, counted from 1 -> its logits (..., V)."""
-        return self.output([self.norm(latent)], lambda x, w: F.linear(x[0], w[(head - 1) % len(w)]))
+    def logits(self, latent: Tensor) -> Tensor:
+        """Latent of head 1 (..., D) -> its logits (..., V)."""
+        return self.output([self.norm(latent)], lambda x, w: F.linear(x[0], w[0]))
+
+    def draft_logits(self, latents: Sequence[Tensor]) -> Tensor:
+        """One latent (R, D) of each of heads 2, 3, ... -> their logits (R, K, V)."""
+
+        def score(x: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:
+            if len(w) == 1:
+                return F.linear(x[0], w[0])
+            return torch.stack([F.linear(z, w[i]) for i, z in enumerate(x[0].unbind(1), 1)], 1)
+
+        return self.output([self.norm(torch.stack(list(latents), 1))], score)

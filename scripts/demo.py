@@ -98,8 +98,12 @@ class BestThreads:
 
 
 def said(done: Decoded) -> None:
-    times = {name: f"{seconds:.2f} s" for name, seconds in done.seconds.items()}
-    log.info("   %s  accepted %.2f per step", times, done.drafted.mean_acceptance_length)
+    log.info(
+        "   plainly %.2f s, drafted %.2f s, accepted %.2f per step",
+        done.plain_seconds,
+        done.drafted_seconds,
+        done.drafted.mean_acceptance_length,
+    )
 
 
 def pictures(folder: Path, sentence: str, shown: list[tuple[str, mtp.Completion]]) -> None:

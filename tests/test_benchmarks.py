@@ -8,7 +8,13 @@ import pytest
 import torch
 from conftest import tiny
 
-from benchmarks.bare import bare_loop, fastest_threads, ratio, verify_cost
+from benchmarks.bare import (
+    bare_loop,
+    fastest_threads,
+    plain_steps_against_bare,
+    ratio,
+    verify_cost,
+)
 from benchmarks.decode import DecodeConfig, held_out_prompts, measure, repetition, spread
 from benchmarks.pictures import COLOURS, heads_page, loss_curve
 from benchmarks.record import parse, record
@@ -31,6 +37,11 @@ def threads():
 # The baseline.
 
 
+@torch.inference_mode()
+def bare_text(model, prompt, new):
+    return list(bare_loop(model, prompt, new))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [{}, {"n_kv_heads": None}, {"unembedding": "replicated"}, {"n_future_tokens": 1}],
@@ -40,7 +51,7 @@ def threads():
 def test_the_bare_loop_writes_the_greedy_text(overrides, length):
     model = tiny(gain=2.0, **overrides)
     prompt = PROMPT[:length]
-    assert bare_loop(model, prompt, 40) == generate(model, [Request(prompt, 40)])[0].tokens
+    assert bare_text(model, prompt, 40) == generate(model, [Request(prompt, 40)])[0].tokens
 
 
 def test_the_bare_loop_reads_one_token_per_step(monkeypatch):
@@ -48,8 +59,16 @@ def test_the_bare_loop_reads_one_token_per_step(monkeypatch):
     widths = []
     model = tiny()
     model.embedding.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
-    bare_loop(model, PROMPT, 5)
+    bare_text(model, PROMPT, 5)
     assert widths == [(1, len(PROMPT)), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_our_steps_and_the_bare_loops_take_turns_over_one_text(monkeypatch):
+    model = tiny(gain=2.0)
+    pairs, same = plain_steps_against_bare(model, PROMPT, 6)
+    assert len(pairs) == 5 and min(pairs) > 0 and same
+    monkeypatch.setattr("benchmarks.bare.bare_loop", lambda model, prompt, new: iter([0] * new))
+    assert not plain_steps_against_bare(model, PROMPT, 6)[1]
 
 
 def test_a_verifying_step_has_a_cost():
@@ -65,7 +84,7 @@ def test_ratios_compare_two_calls_in_turns(monkeypatch):
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     found = ratio(lambda: call("a", 3.0), lambda: call("b", 2.0), repeats=4)
-    assert found == (1.5, 0.0)
+    assert found == 1.5
     assert "".join(calls) == "abab" + "baab" * 2
 
 
@@ -107,7 +126,7 @@ def test_measured_figures_add_up_to_what_was_decoded(threads):
     assert reported == done and [d.prompt for d in done] == [PROMPT, PROMPT[::-1]]
     assert figures["identical"] and figures["prompts"] == 2
     for d in done:
-        assert d.plain.tokens == d.drafted.tokens == bare_loop(model, d.prompt, 12)
+        assert d.plain.tokens == d.drafted.tokens == bare_text(model, d.prompt, 12)
     steps = sum(d.drafted.steps for d in done)
     accepted = sum(sum(d.drafted.accepted) for d in done)
     assert figures["mean_acceptance_length"] == 1 + accepted / steps
@@ -118,7 +137,7 @@ def test_measured_figures_add_up_to_what_was_decoded(threads):
 def test_another_text_is_never_called_identical(threads, monkeypatch):
     torch.set_num_threads(1)
     model = tiny().float()
-    monkeypatch.setattr("benchmarks.decode.bare_loop", lambda model, prompt, new: [0] * new)
+    monkeypatch.setattr("benchmarks.bare.bare_loop", lambda model, prompt, new: iter([0] * new))
     config = DecodeConfig(prompt_tokens=8, new_tokens=4, bare_tokens=4)
     assert not measure(model, [PROMPT], config)[0]["identical"]
 

@@ -14,10 +14,10 @@ from conftest import BLOCK_KINDS, KINDS, p_value, tiny
 
 import mtp.decode.contract
 import mtp.decode.loop
-from mtp.decode.contract import Completion, Draft, NoDraft, Request, stop_at
+from mtp.decode.contract import Completion, Draft, NoDraft, Place, Request, stop_at
 from mtp.decode.drafters import OwnHeads, make_drafter
 from mtp.decode.loop import generate
-from mtp.decode.sampling import RULES, Sampling
+from mtp.decode.sampling import RULES, TARGET, Sampling
 
 VOCAB, END, NEW, N = 13, 3, 12, 4
 GREEDY = Sampling()
@@ -54,9 +54,8 @@ def naive(model, request, sampling):
     device = model.embedding.weight.device
     while len(new) < request.max_new_tokens:
         logits = model(torch.tensor([text], device=device))[:, -1:]
-        new.append(
-            int(sampling.choose(logits, torch.tensor([request.seed], device=device), [len(text)]))
-        )
+        noise = sampling.noise(Place([request.seed], [len(text)]), logits, 1, TARGET)
+        new.append(int(sampling.choose(logits, noise)))
         text.append(new[-1])
         if request.stop and request.stop(new):
             break
@@ -93,7 +92,7 @@ class Oracle:
 
     def propose(self, state, k):
         rows = []
-        for seed, length in zip(state.seed.tolist(), state.length, strict=True):
+        for seed, length in zip(state.seed, state.length, strict=True):
             coming = [self.spoil(token) for token in self.known.get(seed, [])[length + 1 :][:k]]
             rows.append(coming + [-1] * (k - len(coming)))
         return Draft(torch.tensor(rows, device=state.text.device))
@@ -452,6 +451,8 @@ OK = Request([1, 2], 4)
         (Request([], 4), "request 1 has an empty prompt"),
         (Request([1, VOCAB], 4), "request 1 has token ids outside 0..12"),
         (Request([-1], 4), "request 1 has token ids outside 0..12"),
+        (Request([1], 4, seed=2**63), "request 1 has seed=9223372036854775808: allowed are 0"),
+        (Request([1], 4, seed=-1), "request 1 has seed=-1: allowed are 0"),
         (Request([1], 0), "request 1 has max_new_tokens=0: it must be at least 1"),
         (Request([1] * 90, 7), "needs 90 prompt tokens . 7 new ones, .* max_seq_len is 96"),
     ],

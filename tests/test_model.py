@@ -137,8 +137,9 @@ class Reader:
         layout = chain(first_row, starts, tokens.shape[1], SLOTS, self.cache.k)
         first, memo = self.model.read(tokens, layout, self.cache)
         assert memo.shape[-1] == self.model.memo_dim
-        latents = [first, *self.model.guess(memo, layout, self.rest, N)]
-        return torch.stack([self.model.logits(x, i) for i, x in enumerate(latents, 1)], 2)
+        latents = [x.flatten(0, 1) for x in self.model.guess(memo, layout, self.rest, N)]
+        drafts = self.model.draft_logits(latents).unflatten(0, tokens.shape)
+        return torch.cat([self.model.logits(first)[:, :, None], drafts], 2)
 
 
 OVERRIDES = [{}, {"unembedding": "replicated"}]

@@ -7,7 +7,7 @@ import torch
 from conftest import p_value
 
 import mtp.decode.sampling
-from mtp.decode.contract import Draft
+from mtp.decode.contract import Draft, Place
 from mtp.decode.sampling import ACCEPT, GUESS, RULES, TARGET, Exact, Match, Sampling, uniform
 
 # Statistical tests have fixed seeds, so they always pass or always fail. FALSE_ALARM is how often
@@ -21,41 +21,42 @@ def normal(*shape, device, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
 
-def seeds(*numbers, device):
-    return torch.tensor(numbers, device=device)
+def chosen(sampling, logits, seed, first):
+    """What the target itself chooses, with noise of its own."""
+    noise = sampling.noise(Place(seed, first), logits, logits.shape[1], TARGET)
+    return sampling.choose(logits, noise)
 
 
 def test_noise_belongs_to_the_position_whoever_asks(device):
-    whole = uniform(seeds(7, device=device), [5], 4, 9, TARGET)
+    whole = uniform(Place([7], [5]), 4, 9, TARGET, device)
     for i in range(4):
-        alone = uniform(seeds(3, 7, device=device), [100, 5 + i], 1, 9, TARGET)
+        alone = uniform(Place([3, 7], [100, 5 + i]), 1, 9, TARGET, device)
         assert torch.equal(alone[1, 0], whole[0, i])
 
 
 def test_noise_of_a_token_does_not_depend_on_the_size_of_the_vocabulary(device):
-    seed = seeds(7, device=device)
-    small, large = (uniform(seed, [5], 2, width, TARGET) for width in (3, 9))
+    small, large = (uniform(Place([7], [5]), 2, width, TARGET, device) for width in (3, 9))
     assert torch.equal(small, large[..., :3])
 
 
 @pytest.mark.parametrize("other", [(8, 5, TARGET), (7, 6, TARGET), (7, 5, GUESS), (7, 5, ACCEPT)])
 def test_noise_differs_between_seeds_positions_and_purposes(other, device):
     seed, position, purpose = other
-    first = uniform(seeds(7, device=device), [5], 1, 9, TARGET)
-    second = uniform(seeds(seed, device=device), [position], 1, 9, purpose)
+    first = uniform(Place([7], [5]), 1, 9, TARGET, device)
+    second = uniform(Place([seed], [position]), 1, 9, purpose, device)
     assert not (first == second).any()
 
 
 def test_noise_never_reaches_zero_or_one(monkeypatch):
     for bits in (0, -1):
         monkeypatch.setattr(mtp.decode.sampling, "_mix", lambda x, bits=bits: x * 0 + bits)
-        assert 0 < uniform(torch.tensor([1]), [0], 1, 1, TARGET) < 1
+        assert 0 < uniform(Place([1], [0]), 1, 1, TARGET) < 1
 
 
 def many_numbers(device):
     """Noise of all combinations, (seed, position, token, purpose)."""
-    seed = torch.arange(30, device=device)
-    return torch.stack([uniform(seed, [0] * 30, 40, 20, purpose) for purpose in range(3)], -1)
+    place = Place(range(30), [0] * 30)
+    return torch.stack([uniform(place, 40, 20, purpose, device) for purpose in range(3)], -1)
 
 
 def test_noise_is_uniform(device):
@@ -120,26 +121,22 @@ def test_greedy_law_is_one_hot(device):
     logits = normal(5, 3, 6, device=device)
     law = Sampling().probs(logits)
     assert torch.equal(law, (logits == logits.amax(-1, keepdim=True)).double())
-    assert torch.equal(
-        Sampling().choose(logits, torch.arange(5, device=device), [0] * 5), law.argmax(-1)
-    )
+    assert torch.equal(chosen(Sampling(), logits, range(5), [0] * 5), law.argmax(-1))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=4), Sampling(1.3, 5, 0.8)])
 def test_chosen_tokens_follow_the_law(sampling, device):
     logits = normal(6, device=device)
     law = sampling.probs(logits).cpu()
-    tokens = sampling.choose(
-        logits.expand(DRAWS, 1, 6), torch.arange(DRAWS, device=device), [3] * DRAWS
-    )
+    tokens = chosen(sampling, logits.expand(DRAWS, 1, 6), range(DRAWS), [3] * DRAWS)
     assert p_value(tokens.flatten().bincount(minlength=6).cpu(), law) > FALSE_ALARM
 
 
 def verdicts(rule, target, draft_logits, device):
     """One step for DRAWS seeds: target (1 + K, V), draft_logits (K, V) -> guesses, verdict."""
-    seed, first = torch.arange(DRAWS, device=device), [3] * DRAWS
-    draft = rule.draw(draft_logits.expand(DRAWS, *draft_logits.shape), seed, first)
-    return draft, rule(target.expand(DRAWS, *target.shape), draft, seed, first)
+    place = Place(range(DRAWS), [3] * DRAWS)
+    draft = rule.draw(draft_logits.expand(DRAWS, *draft_logits.shape), place)
+    return draft, rule(target.expand(DRAWS, *target.shape), draft, place)
 
 
 def emitted(draft, verdict):
@@ -197,15 +194,15 @@ def test_exact_rule_in_closed_form_is_the_targets_law(seed, device, monkeypatch)
     p, q = sampling.probs(target[0]), sampling.probs(guess[0])
     points = (torch.arange(grid, device=device).double() + 0.5) / grid
 
-    def stratified(seed, first, count, width, purpose):
+    def stratified(place, count, width, purpose, device):
         return points.view(grid, 1, 1).expand(grid, count, width)
 
     monkeypatch.setattr(mtp.decode.sampling, "uniform", stratified)
     stands = torch.zeros_like(p)
     for x in range(V):
         draft = Draft(torch.full((grid, 1), x, device=device), q.expand(grid, 1, V))
-        zeros = torch.zeros(grid, dtype=torch.long, device=device)
-        verdict = Exact(sampling)(target.expand(grid, 2, V), draft, zeros, [0] * grid)
+        place = Place([0] * grid, [0] * grid)
+        verdict = Exact(sampling)(target.expand(grid, 2, V), draft, place)
         stands[x] = verdict.accepted.double().mean()
     residual = (p - q).clamp(min=0)
     law = q * stands + (1 - (q * stands).sum()) * residual / residual.sum()
@@ -216,8 +213,8 @@ def test_exact_rule_in_closed_form_is_the_targets_law(seed, device, monkeypatch)
 def test_exact_keeps_the_law_for_guesses_that_were_not_drawn(guess, device):
     sampling, target = Sampling(1.0), normal(2, 6, device=device)
     draft = Draft(torch.full((DRAWS, 1), guess, device=device))
-    seed, first = torch.arange(DRAWS, device=device), [3] * DRAWS
-    verdict = Exact(sampling)(target.expand(DRAWS, 2, 6), draft, seed, first)
+    place = Place(range(DRAWS), [3] * DRAWS)
+    verdict = Exact(sampling)(target.expand(DRAWS, 2, 6), draft, place)
     counts = emitted(draft, verdict).bincount(minlength=6)
     assert p_value(counts.cpu(), sampling.probs(target[0]).cpu()) > FALSE_ALARM
 
@@ -237,8 +234,8 @@ def test_greedy_guesses_stand_up_to_the_first_that_is_not_the_argmax(rule, devic
     best = logits.argmax(-1)[0].tolist()
     rows = list(itertools.product(*([best[i], (best[i] + 1) % 5, -1] for i in range(3))))
     draft = Draft(torch.tensor(rows, device=device))
-    seed = torch.zeros(len(rows), dtype=torch.long, device=device)
-    verdict = RULES[rule](Sampling())(logits.expand(len(rows), 4, 5), draft, seed, [0] * len(rows))
+    place = Place([0] * len(rows), [0] * len(rows))
+    verdict = RULES[rule](Sampling())(logits.expand(len(rows), 4, 5), draft, place)
     wanted = [next((i for i in range(3) if row[i] != best[i]), 3) for row in rows]
     assert verdict.accepted.tolist() == wanted
     assert verdict.next.tolist() == [best[i] for i in wanted]
@@ -248,9 +245,8 @@ def test_greedy_guesses_stand_up_to_the_first_that_is_not_the_argmax(rule, devic
 def test_match_lets_the_target_choose_every_token(sampling, device):
     logits, rows = normal(40, 4, 3, device=device), 40
     tokens = torch.randint(3, (rows, 3), generator=torch.Generator().manual_seed(0)).to(device)
-    seed, first = torch.arange(rows, device=device), list(range(rows))
-    choice = sampling.choose(logits, seed, first)
-    verdict = Match(sampling)(logits, Draft(tokens), seed, first)
+    choice = chosen(sampling, logits, range(rows), range(rows))
+    verdict = Match(sampling)(logits, Draft(tokens), Place(range(rows), range(rows)))
     for b in range(rows):
         accepted = next((i for i in range(3) if tokens[b, i] != choice[b, i]), 3)
         assert verdict.accepted[b] == accepted
@@ -260,11 +256,23 @@ def test_match_lets_the_target_choose_every_token(sampling, device):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_draft_of_nothing_leaves_the_target_alone(rule, device):
     sampling, logits = Sampling(1.0), normal(8, 1, 6, device=device)
-    seed, first = torch.arange(8, device=device), [4] * 8
     nothing = Draft(torch.zeros(8, 0, dtype=torch.long, device=device))
-    verdict = RULES[rule](sampling)(logits, nothing, seed, first)
+    verdict = RULES[rule](sampling)(logits, nothing, Place(range(8), [4] * 8))
     assert not verdict.accepted.any()
-    assert torch.equal(verdict.next, sampling.choose(logits, seed, first)[:, 0])
+    assert torch.equal(verdict.next, chosen(sampling, logits, range(8), [4] * 8)[:, 0])
+
+
+def test_match_draws_with_the_noise_of_each_place_whoever_was_there_before(device):
+    """The noise it keeps between drawing and judging is of that place alone."""
+    sampling, logits = Sampling(1.0), normal(2, 3, 6, device=device)
+    rule = Match(sampling)
+    for seed, first in [((1, 2), (5, 9)), ((1, 3), (5, 9)), ((1, 3), (6, 9)), ((1, 2), (5, 9))]:
+        draft = rule.draw(logits, Place(seed, first))
+        assert torch.equal(draft.tokens, chosen(sampling, logits, seed, first))
+        judged = torch.cat([logits, logits[:, :1]], 1)
+        verdict = rule(judged, draft, Place(seed, first))
+        assert verdict.accepted.tolist() == [3, 3]
+        assert torch.equal(verdict.next, chosen(sampling, judged, seed, first)[:, -1])
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ def chain(first_row: int, starts: Sequence[int], columns: int, slots: int, like:
     if span > slots:
         raise ValueError(f"{span} slots are needed but the cache has {slots}")
     rows = slice(first_row, first_row + len(starts))
+    slots_of_row = torch.arange(span, device=like.device)
     if len(starts) == 1:  # spares a plain step most of its set-up
-        positions = torch.arange(starts[0], span, device=like.device)[None]
+        positions = slots_of_row[None, starts[0] :]
     else:
         columns_of = [range(start, start + columns) for start in starts]
         positions = torch.tensor(columns_of, device=like.device)
@@ -60,9 +61,11 @@ def chain(first_row: int, starts: Sequence[int], columns: int, slots: int, like:
     from_zero = columns > 1 and not any(starts)
     if from_zero or (columns == 1 and min(starts) == max(starts)):
         return Layout(rows, where, positions, None, span)
-    unseen = torch.arange(span, device=like.device) > positions[:, None, :, None]
-    mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device)
-    return Layout(rows, where, positions, mask.masked_fill_(unseen, float("-inf")), span)
+    mask = torch.full(
+        (len(starts), 1, columns, span), float("-inf"), dtype=like.dtype, device=like.device
+    )
+    seen = slots_of_row <= positions[:, None, :, None]
+    return Layout(rows, where, positions, mask.masked_fill_(seen, 0.0), span)
 
 
 @dataclass
@@ -87,7 +90,7 @@ class State:
 
     text: Tensor
     length: list[int]
-    seed: Tensor
+    seed: list[int]
     memo: Tensor | None
     draw: Callable[[Tensor], Draft]
 
@@ -133,14 +136,22 @@ class Verdict(NamedTuple):
     next: Tensor
 
 
-class Rule(Protocol):
-    """Decides which guesses stand. `first` (B,) is the position of the first token that logits
-    speak of; noise is keyed by it.
+class Place(NamedTuple):
+    """What noise is keyed by: each row's request seed, and the position of the first token that
+    logits speak of. On the host, both of length B.
     """
 
-    def draw(self, logits: Tensor, seed: Tensor, first: Sequence[int]) -> Draft: ...
+    seed: Sequence[int]
+    first: Sequence[int]
 
-    def __call__(self, logits: Tensor, draft: Draft, seed: Tensor, first: Sequence[int]) -> Verdict:
+
+class Rule(Protocol):
+    """Decides which guesses stand."""
+
+    def draw(self, logits: Tensor, place: Place) -> Draft:
+        """Guesses from the logits (B, K, V) of a drafter."""
+
+    def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         """logits (B, 1 + K, V) of the target, after the pending token and after each guess."""
 
 
@@ -149,7 +160,7 @@ class Request:
     """One text to continue. prompt: ids, at least one. stop(new ids so far) -> True after the last
     token of the text.
 
-    Equal seeds give equal noise: samples of one prompt want different seeds.
+    Equal seeds (0 to 2^63 - 1) give equal noise: samples of one prompt want different seeds.
     """
 
     prompt: Sequence[int]

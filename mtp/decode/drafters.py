@@ -58,9 +58,7 @@ class OwnHeads:
 
     def propose(self, state: State, k: int) -> Draft:
         latents = self._read(state, 0, len(state.length))
-        return state.draw(
-            torch.stack([self.model.logits(x, head) for head, x in enumerate(latents[:k], 2)], 1)
-        )
+        return state.draw(self.model.draft_logits(latents[:k]))
 
     def _read(self, state: State, first: int, last: int) -> list[Tensor]:
         """Bring rows first..last-1 up to date; -> latent (R, D) of each extra head at each row's

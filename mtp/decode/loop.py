@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp.decode.contract import Completion, Draft, Drafter, NoDraft, Request, Rule, State, chain
+from mtp.decode.contract import (
+    Completion,
+    Draft,
+    Drafter,
+    NoDraft,
+    Place,
+    Request,
+    Rule,
+    State,
+    chain,
+)
 from mtp.decode.sampling import RULES, Sampling
 
 
@@ -35,25 +45,13 @@ def generate(
     a prompt that is empty, not in the vocabulary or too long for the context, an unknown rule, or
     caches that do not fit in memory.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is unknown: allowed are {', '.join(RULES)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    for i, request in enumerate(requests):
-        _check(model, i, request)
     if not requests:
         return []
-    loop = _Loop(
-        model,
-        requests,
-        drafter or NoDraft(),
-        RULES[rule](sampling or Sampling()),
-        min(batch_size, len(requests)),
-    )
-    with torch.autocast(loop.cache.k.device.type, enabled=False):  # the cache has one dtype
-        while loop.fill():
-            loop.step()
-    return loop.completions
+    decoding = Decoding(model, requests, drafter, sampling, batch_size=batch_size, rule=rule)
+    with torch.autocast(decoding.cache.k.device.type, enabled=False):  # the cache has one dtype
+        while decoding.fill():
+            decoding.step()
+    return decoding.completions
 
 
 def _check(model: Any, i: int, request: Request) -> None:
@@ -65,6 +63,8 @@ def _check(model: Any, i: int, request: Request) -> None:
         )
     if new < 1:
         raise ValueError(f"request {i} has max_new_tokens={new}: it must be at least 1")
+    if not 0 <= request.seed < 2**63:
+        raise ValueError(f"request {i} has seed={request.seed}: allowed are 0 to 2^63 - 1")
     if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
         raise ValueError(f"request {i} has token ids outside 0..{model.config.vocab_size - 1}")
     if len(prompt) + new > model.config.max_seq_len:
@@ -74,11 +74,30 @@ def _check(model: Any, i: int, request: Request) -> None:
         )
 
 
-class _Loop:
+class Decoding:
+    """What `generate` runs to its end, for whoever wants to take the steps: `fill` reads waiting
+    prompts into free rows, `step` is one pass over all rows. Call both under inference_mode.
+    """
+
     def __init__(
-        self, model: Any, requests: Sequence[Request], drafter: Drafter, rule: Rule, rows: int
+        self,
+        model: Any,
+        requests: Sequence[Request],
+        drafter: Drafter | None = None,
+        sampling: Sampling | None = None,
+        *,
+        batch_size: int = 8,
+        rule: str = "match",
     ) -> None:
-        self.model, self.requests, self.drafter, self.rule = model, requests, drafter, rule
+        if rule not in RULES:
+            raise ValueError(f"rule={rule!r} is unknown: allowed are {', '.join(RULES)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        for i, request in enumerate(requests):
+            _check(model, i, request)
+        self.model, self.requests, rows = model, requests, min(batch_size, len(requests))
+        self.drafter = drafter = drafter or NoDraft()
+        self.rule: Rule = RULES[rule](sampling or Sampling())
         self.completions = [Completion() for _ in requests]
         self.waiting = list(range(len(requests)))[::-1]
         self.owner: list[int | None] = [None] * rows
@@ -96,16 +115,14 @@ class _Loop:
         self.nothing = Draft(text[:, :0])
         self.flat_text = text.flatten()  # a view: slots are written through it
         self.pending = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.state = State(
-            text, [1] * rows, torch.zeros(rows, dtype=torch.long, device=device), None, self._draw
-        )
+        self.state = State(text, [1] * rows, [0] * rows, None, self._draw)
 
     def _draw(self, logits: Tensor) -> Draft:
-        return self.rule.draw(logits, self.state.seed, self._following())
+        return self.rule.draw(logits, self._undecided())
 
-    def _following(self) -> list[int]:
-        """Position of the first token that is not decided yet, per row."""
-        return [n + 1 for n in self.state.length]
+    def _undecided(self) -> Place:
+        """The first token after the pending one, per row."""
+        return Place(tuple(self.state.seed), tuple(n + 1 for n in self.state.length))
 
     def fill(self) -> bool:
         """Give free rows to waiting requests; False when no row is busy."""
@@ -131,10 +148,8 @@ class _Loop:
         elif source != row:
             self._copy_prompt(source, row, length)
         self.drafter.admit(state, row, source)
-        logits = self.model.logits(self.prompt_end[row])
-        first = self.rule(
-            logits, Draft(self.nothing.tokens[:1]), state.seed[row : row + 1], [length]
-        ).next
+        logits, nothing = self.model.logits(self.prompt_end[row]), Draft(self.nothing.tokens[:1])
+        first = self.rule(logits, nothing, Place((request.seed,), (length,))).next
         self.pending[row] = first
         self._emit(row, first.tolist(), 0)
 
@@ -172,7 +187,7 @@ class _Loop:
             feed = torch.cat([self.pending, draft.tokens.clamp(min=0)], 1)
         layout = chain(0, state.length, feed.shape[1], self.slots, self.cache.k)
         latent, memo = self.model.read(feed, layout, self.cache)
-        verdict = self.rule(self.model.logits(latent), draft, state.seed, self._following())
+        verdict = self.rule(self.model.logits(latent), draft, self._undecided())
         self._keep(layout.where, memo)
         self.flat_text.index_copy_(0, layout.where, feed.flatten())
         self.pending = verdict.next[:, None]

@@ -13,29 +13,37 @@ Letters: B rows, K guesses, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp.decode.contract import Draft, Rule, Verdict
+from mtp.decode.contract import Draft, Place, Rule, Verdict
 
 TARGET, GUESS, ACCEPT = 0, 1, 2  # purposes of noise: one independent stream each
 
 
-def uniform(seed: Tensor, first: Sequence[int], count: int, width: int, purpose: int) -> Tensor:
-    """Numbers in (0, 1), (B, count, width), for the positions first[b] .. first[b] + count - 1."""
-    device = seed.device
-    positions = torch.tensor(first, device=device)[:, None] + torch.arange(count, device=device)
+def uniform(
+    place: Place, count: int, width: int, purpose: int, device: torch.device | None = None
+) -> Tensor:
+    """Numbers in (0, 1), (B, count, width), for the `count` positions from place.first[b] on."""
+    columns = torch.arange(count, device=device)
+    seed, position = torch.tensor(place, device=device)[:, :, None]
     x = (
-        seed[:, None] * 0x2545F4914F6CDD1D
-        + positions * 0x9E3779B97F4A7C1
+        seed * 0x2545F4914F6CDD1D
+        + (position + columns) * 0x9E3779B97F4A7C1
         + purpose * 0x3C6EF372FE94F82B
     )
     x = _mix(x)[:, :, None] + torch.arange(width, device=device) * 0x632BE59BD9B4E019
     return (((_mix(x) >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52  # exact: never 0 or 1
+
+
+def gumbel(u: Tensor) -> Tensor:
+    """Uniform numbers -> noise whose argmax over logits + noise is a draw from softmax(logits)."""
+    return -(-u.log()).log()
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -87,16 +95,17 @@ class Sampling:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
         return self.warp(logits).softmax(-1)
 
-    def choose(
-        self, logits: Tensor, seed: Tensor, first: Sequence[int], purpose: int = TARGET
-    ) -> Tensor:
-        """logits (B, K, V) -> tokens (B, K) under the noise of the positions first .. first + K - 1
-        (Gumbel-max).
-        """
+    def noise(self, place: Place, like: Tensor, count: int, purpose: int) -> Tensor | None:
+        """What `choose` adds to logits like these, (B, count, V); None: greedy needs none."""
         if self.temperature == 0:
+            return None
+        return gumbel(uniform(place, count, like.shape[-1], purpose, like.device))
+
+    def choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """logits (B, K, V), noise of the same K positions and perhaps more -> tokens (B, K)."""
+        if noise is None:
             return logits.argmax(-1)
-        noise = uniform(seed, first, logits.shape[1], logits.shape[2], purpose)
-        return (self.warp(logits) - (-noise.log()).log()).argmax(-1)
+        return (self.warp(logits) + noise[:, : logits.shape[1]]).argmax(-1)
 
 
 class Match:
@@ -104,14 +113,22 @@ class Match:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
+        self._kept: tuple[Any, Tensor | None] = None, None
 
-    def draw(self, logits: Tensor, seed: Tensor, first: Sequence[int]) -> Draft:
-        return Draft(self.sampling.choose(logits, seed, first))
+    def _noise(self, place: Place, logits: Tensor, count: int) -> Tensor | None:
+        """K guesses and the K + 1 choices that judge them have the same noise: it is made once."""
+        key = (*place.seed, *place.first, count)
+        if key != self._kept[0]:
+            self._kept = key, self.sampling.noise(place, logits, count, TARGET)
+        return self._kept[1]
 
-    def __call__(self, logits: Tensor, draft: Draft, seed: Tensor, first: Sequence[int]) -> Verdict:
-        choice = self.sampling.choose(logits, seed, first)
+    def draw(self, logits: Tensor, place: Place) -> Draft:
+        return Draft(self.sampling.choose(logits, self._noise(place, logits, logits.shape[1] + 1)))
+
+    def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
+        choice = self.sampling.choose(logits, self._noise(place, logits, logits.shape[1]))
         if draft.tokens.shape[1] == 0:  # plain steps pay nothing for verification
-            return Verdict(torch.zeros_like(seed), choice[:, 0])
+            return Verdict(torch.zeros_like(choice[:, 0]), choice[:, 0])
         accepted = (choice[:, :-1] == draft.tokens).long().cumprod(1).sum(1)
         return Verdict(accepted, choice.gather(1, accepted[:, None])[:, 0])
 
@@ -124,10 +141,11 @@ class Exact:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
 
-    def draw(self, logits: Tensor, seed: Tensor, first: Sequence[int]) -> Draft:
-        return Draft(self.sampling.choose(logits, seed, first, GUESS), self.sampling.probs(logits))
+    def draw(self, logits: Tensor, place: Place) -> Draft:
+        noise = self.sampling.noise(place, logits, logits.shape[1], GUESS)
+        return Draft(self.sampling.choose(logits, noise), self.sampling.probs(logits))
 
-    def __call__(self, logits: Tensor, draft: Draft, seed: Tensor, first: Sequence[int]) -> Verdict:
+    def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         p, tokens = self.sampling.probs(logits), draft.tokens
         offered = tokens >= 0
         q = (
@@ -137,7 +155,7 @@ class Exact:
         )
         q = q * offered[..., None]
         at = tokens.clamp(min=0)[..., None]
-        u = uniform(seed, first, tokens.shape[1], 1, ACCEPT)
+        u = uniform(place, tokens.shape[1], 1, ACCEPT, tokens.device)
         stands = (u * q.gather(-1, at) < p[:, :-1].gather(-1, at)).squeeze(-1) & offered
         accepted = stands.long().cumprod(1).sum(1)
         row = torch.arange(len(tokens), device=tokens.device)
@@ -145,9 +163,11 @@ class Exact:
             [q, torch.zeros_like(p[:, :1])], 1
         )  # nothing was guessed after the last guess: the residual is p
         residual = (p[row, accepted] - beyond[row, accepted]).clamp(min=0)
-        where = torch.tensor(first, device=tokens.device) + accepted
-        noise = uniform(seed, where.tolist(), 1, p.shape[-1], TARGET)[:, 0]
-        return Verdict(accepted, (residual.log() - (-noise.log()).log()).argmax(-1))
+        after = Place(
+            place.seed, [n + a for n, a in zip(place.first, accepted.tolist(), strict=True)]
+        )
+        u = uniform(after, 1, p.shape[-1], TARGET, tokens.device)[:, 0]
+        return Verdict(accepted, (residual.log() + gumbel(u)).argmax(-1))
 
 
 RULES: dict[str, Callable[[Sampling], Rule]] = {"match": Match, "exact": Exact}
