@@ -27,7 +27,7 @@ from mtp.hooks import JsonlLog, Samples, TensorBoard, console
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
 from mtp.tokenizer import Tokenizer, load_tokenizer
-from mtp.train import Hook, Progress, TrainConfig, capture, train, validate
+from mtp.train import Hook, Progress, TrainConfig, capture, prepare, train, validate
 
 log = logging.getLogger("mtp")
 
@@ -84,6 +84,7 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     if state is not None:
         _check_same(checkpoint.load_config(checkpoint.find(run_dir)), model_config)
         checkpoint.load_weights(model, checkpoint.find(run_dir))
+    prepare(model, config.train)
     notes |= {"tokenizer": tokenizer.fingerprint}
     if rank() == 0:
         checkpoint.write_text(run_dir / "run.json", json.dumps(asdict(config), indent=1))

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from mtp import checkpoint
+from mtp.blocks import compile_blocks, recompute_blocks
 from mtp.distributed import sum_over_ranks, world_size
 from mtp.loss import Batch, Metrics, agreements, future_targets, predictions
 
 log = logging.getLogger("mtp")
+RECOMPUTE = ("none", "heads", "all")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,9 +58,10 @@ class TrainConfig:
     """batch_size: rows per micro-batch and rank. max_seconds: finish early, the schedule shortened
     to fit; None for no limit. Only optimizer steps count, not evaluation, samples and saving.
 
-    precision: of the forward pass (bfloat16 is autocast, weights stay fp32). compile: torch.compile
-    on every block; without a working compiler the run goes on uncompiled, with a warning. Zero
-    switches eval_every and save_every off; the end is always evaluated and saved.
+    precision: of the forward pass (bfloat16 is autocast, weights stay fp32). What `prepare` reads:
+    compile: torch.compile on every block; without a working compiler the run goes on uncompiled,
+    with a warning. recompute: blocks whose activations are made again in backward instead of kept.
+    Zero switches eval_every and save_every off; the end is always evaluated and saved.
     """
 
     steps: int = 1000
@@ -67,6 +70,7 @@ class TrainConfig:
     max_seconds: float | None = None
     precision: str = "float32"
     compile: bool = False
+    recompute: str = "none"
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -88,10 +92,22 @@ class TrainConfig:
                 f"train.precision={self.precision!r} is unknown: "
                 f"allowed are {', '.join(PRECISIONS)}"
             )
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(
+                f"train.recompute={self.recompute!r} is unknown: allowed are {', '.join(RECOMPUTE)}"
+            )
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise ValueError(
                 f"train.max_seconds={self.max_seconds} must be above 0 (null for no limit)"
             )
+
+
+def prepare(model: Any, config: TrainConfig) -> None:
+    """Make a `Transformer` ready for `train`, in place: what is done to its blocks from outside."""
+    chosen = {"none": [], "heads": model.heads.heads, "all": model.blocks}
+    recompute_blocks(chosen[config.recompute])
+    if config.compile:
+        compile_blocks(model.blocks, next(model.parameters()).device)
 
 
 class Loss(Protocol):
@@ -159,8 +175,6 @@ def train(
         restore(model, optimizer, resume)
         progress = Progress(model, **{k: resume.progress[k] for k in ("step", "tokens", "seconds")})
         batches.load_state_dict(resume.progress["data"])
-    if config.compile:
-        compile_blocks(model)
     meter = _Meter()
     while not finished(progress, config):
         started = time.perf_counter()
@@ -311,21 +325,6 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile each block in place; warn and go on without where no compiler works."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=next(model.parameters()).device))
-    except Exception as error:  # whatever a missing or broken tool chain raises
-        log.warning(
-            "torch.compile does not work here, training goes on without it (%s)",
-            (str(error) or repr(error)).splitlines()[0],
-        )
-        torch._dynamo.reset()
-        return
-    for block in model.blocks:  # type: ignore[union-attr]
-        block.compile()
 
 
 def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

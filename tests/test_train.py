@@ -561,34 +561,6 @@ def test_data_that_ends_is_one_clear_message():
     assert caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize("message", ["no C++ compiler\nmany more lines", ""])
-def test_without_a_working_compiler_training_goes_on_with_a_warning(message, monkeypatch, caplog):
-    def broken(*args, **kwargs):
-        raise RuntimeError(message)
-
-    monkeypatch.setattr(torch, "compile", broken)
-    seen = fit(tiny(), batches(), config(steps=2, compile=True))
-    assert seen == fit(tiny(), batches(), config(steps=2))
-    (record,) = caplog.records
-    assert record.levelname == "WARNING" and "torch.compile does not work here" in record.message
-    assert "\n" not in record.message
-
-
-def test_every_block_is_compiled_where_a_compiler_works(monkeypatch):
-    compiled = []
-
-    def identity(callable_, *args, **kwargs):
-        compiled.append(callable_)
-        return callable_
-
-    monkeypatch.setattr(torch, "compile", identity)
-    model = tiny()
-    seen = fit(model, batches(), config(steps=2, compile=True))
-    owners = [call.__self__ for call in compiled if hasattr(call, "__self__")]
-    assert owners == model.blocks
-    assert seen == fit(tiny(), batches(), config(steps=2))
-
-
 def optimizer_state(model):
     optimizer = make_optimizer(model, OptimConfig())
     for p in model.parameters():
