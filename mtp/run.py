@@ -26,8 +26,9 @@ from mtp.distributed import rank, world_size
 from mtp.hooks import JsonlLog, Samples, TensorBoard, console
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
+from mtp.optim import Optimizer
 from mtp.tokenizer import Tokenizer, load_tokenizer
-from mtp.train import Hook, Progress, TrainConfig, capture, prepare, train, validate
+from mtp.train import Hook, Progress, TrainConfig, prepare, train, validate
 
 log = logging.getLogger("mtp")
 
@@ -89,10 +90,10 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     if rank() == 0:
         checkpoint.write_text(run_dir / "run.json", json.dumps(asdict(config), indent=1))
 
-    def save(progress: Progress, optimizer: torch.optim.Optimizer) -> None:
+    def save(progress: Progress, optimizer: Optimizer) -> None:
         if rank() == 0:
             training = checkpoint.TrainingState(
-                progress.counters() | {"data": batches.state_dict()}, capture(optimizer, model)
+                progress.counters() | {"data": batches.state_dict()}, optimizer.state_dict()
             )
             folder = run_dir / "checkpoints" / f"step-{progress.step:08d}"
             checkpoint.save(model, folder, tokenizer, training, notes)

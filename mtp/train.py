@@ -25,32 +25,11 @@ from mtp import checkpoint
 from mtp.blocks import compile_blocks, recompute_blocks
 from mtp.distributed import sum_over_ranks, world_size
 from mtp.loss import Batch, Metrics, agreements, future_targets, predictions
+from mtp.optim import OptimConfig, Optimizer, schedule
 
 log = logging.getLogger("mtp")
 RECOMPUTE = ("none", "heads", "all")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class OptimConfig:
-    """AdamW with decoupled weight decay, linear warm-up and cosine decay to final_lr_ratio x lr
-    (paper, table S13).
-    """
-
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    warmup_steps: int = 100
-    final_lr_ratio: float = 0.03
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        for key in ("lr", "clip"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"optim.{key}={getattr(self, key)} must be above 0")
-        for key in ("weight_decay", "warmup_steps", "final_lr_ratio"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"optim.{key}={getattr(self, key)} must be at least 0")
 
 
 @dataclass
@@ -160,7 +139,7 @@ def train(
     *,
     hooks: Sequence[Hook] = (),
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    save: Callable[[Progress, torch.optim.Optimizer], None] | None = None,
+    save: Callable[[Progress, Optimizer], None] | None = None,
     resume: checkpoint.TrainingState | None = None,
 ) -> Progress:
     """Train until config.steps (or max_seconds). A run of 2k steps that was stopped after k and
@@ -169,18 +148,18 @@ def train(
     evaluate(model) -> metrics to log; save(progress, optimizer) writes a checkpoint. ValueError
     names the step at which batches ran out or the loss stopped being finite.
     """
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = Optimizer(model, config.optim)
     progress = Progress(model)
     if resume is not None:
-        restore(model, optimizer, resume)
+        optimizer.load_state_dict(resume.optimizer)
         progress = Progress(model, **{k: resume.progress[k] for k in ("step", "tokens", "seconds")})
         batches.load_state_dict(resume.progress["data"])
     meter = _Meter()
     while not finished(progress, config):
         started = time.perf_counter()
         lr = config.optim.lr * schedule(progress.step, _done(progress, config), config.optim)
-        set_lr(optimizer, lr)
-        tokens = train_step(model, batches, loss_fn, config, optimizer, meter, progress.step)
+        tokens = train_step(model, batches, loss_fn, config, meter, progress.step)
+        optimizer.step(lr)
         progress.step += 1
         progress.tokens += tokens * world_size()
         progress.seconds += meter.end_step(tokens, started, progress.step % config.log_every == 0)
@@ -216,11 +195,10 @@ def train_step(
     batches: Batches,
     loss_fn: Loss,
     config: TrainConfig,
-    optimizer: torch.optim.Optimizer,
     meter: _Meter,
     step: int,
 ) -> int:
-    """One optimizer step; -> tokens it learned from on this rank."""
+    """The clipped gradient of one step; -> tokens it was learned from on this rank."""
     device = next(model.parameters()).device
     started = time.perf_counter()
     try:
@@ -244,8 +222,6 @@ def train_step(
         loss.backward()
         meter.add(metrics)
     meter.norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return sum(int(b.row.shape[0]) * (b.row.shape[1] - len(denominator)) for b in micro)
 
 
@@ -303,59 +279,6 @@ def _done(progress: Progress, config: TrainConfig) -> float:
 
 def finished(progress: Progress, config: TrainConfig) -> bool:
     return progress.step >= config.steps or _done(progress, config) >= 1
-
-
-def schedule(step: int, done: float, config: OptimConfig) -> float:
-    """Factor on the learning rate: warm-up by steps, cosine by the share of the run done."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return warm * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what learns; norms and other vectors are not decayed."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-
-
-def capture(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter name."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}.{key}": t
-        for p, state in optimizer.state.items()
-        for key, t in state.items()
-    }
-
-
-def restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: checkpoint.TrainingState
-) -> None:
-    """The inverse of `capture`; ValueError names a parameter whose state does not fit."""
-    for name, p in model.named_parameters():
-        own = {
-            k.removeprefix(f"{name}."): t
-            for k, t in state.optimizer.items()
-            if k.rpartition(".")[0] == name
-        }
-        shapes = {k: tuple(t.shape) for k, t in own.items()}
-        like = tuple(p.shape)
-        if p.requires_grad and shapes != {"step": (), "exp_avg": like, "exp_avg_sq": like}:
-            raise ValueError(
-                f"the checkpoint's optimizer state does not fit the model: "
-                f"{name} {like} has {shapes or 'none'}"
-            )
-        if p.requires_grad:
-            optimizer.state[p] = {k: t.to(p.device) for k, t in own.items()}
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from mtp.decode.sampling import Sampling
 from mtp.documents import DataConfig
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
+from mtp.optim import OptimConfig
 from mtp.run import RunConfig, estimate
-from mtp.train import OptimConfig, TrainConfig
+from mtp.train import TrainConfig
 
 hydra = pytest.importorskip("hydra")
 from hydra.errors import ConfigCompositionException  # noqa: E402

@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtp.distributed import rank, sum_over_ranks, world_size
 from mtp.loss import Batch, MultiTokenLoss, future_targets
-from mtp.train import OptimConfig, TrainConfig, train
+from mtp.optim import OptimConfig
+from mtp.train import TrainConfig, train
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
 

@@ -14,9 +14,10 @@ from mtp.data import Batches, load_corpus
 from mtp.documents import DataConfig
 from mtp.hooks import read_jsonl
 from mtp.model import ModelConfig, Transformer
+from mtp.optim import OptimConfig
 from mtp.run import RunConfig, describe, estimate, find_device, run
 from mtp.tokenizer import ByteTokenizer
-from mtp.train import OptimConfig, TrainConfig, validate
+from mtp.train import TrainConfig, validate
 
 N = 3
 TIMES = ("seconds", "tokens_per_second", "data_wait")
