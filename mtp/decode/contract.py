@@ -48,23 +48,21 @@ def chain(first_row: int, starts: Sequence[int], columns: int, slots: int, like:
     if span > slots:
         raise ValueError(f"{span} slots are needed but the cache has {slots}")
     rows = slice(first_row, first_row + len(starts))
-    slots_of_row = torch.arange(span, device=like.device)
     if len(starts) == 1:  # spares a plain step most of its set-up
-        positions = slots_of_row[None, starts[0] :]
+        where = torch.arange(starts[0], span, device=like.device)
+        positions = where.view(1, columns)
     else:
         columns_of = [range(start, start + columns) for start in starts]
         positions = torch.tensor(columns_of, device=like.device)
-    where = positions.flatten()
+        where = positions.flatten()
     if rows.stop > 1:
         offsets = torch.arange(rows.start, rows.stop, device=like.device) * slots
         where = (positions + offsets[:, None]).flatten()
     from_zero = columns > 1 and not any(starts)
     if from_zero or (columns == 1 and min(starts) == max(starts)):
         return Layout(rows, where, positions, None, span)
-    mask = torch.full(
-        (len(starts), 1, columns, span), float("-inf"), dtype=like.dtype, device=like.device
-    )
-    seen = slots_of_row <= positions[:, None, :, None]
+    seen = torch.arange(span, device=like.device) <= positions[:, None, :, None]
+    mask = torch.full(seen.shape, float("-inf"), dtype=like.dtype, device=like.device)
     return Layout(rows, where, positions, mask.masked_fill_(seen, 0.0), span)
 
 

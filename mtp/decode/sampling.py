@@ -128,7 +128,8 @@ class Match:
     def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         choice = self.sampling.choose(logits, self._noise(place, logits, logits.shape[1]))
         if draft.tokens.shape[1] == 0:  # plain steps pay nothing for verification
-            return Verdict(torch.zeros_like(choice[:, 0]), choice[:, 0])
+            following = choice[:, 0]
+            return Verdict(torch.zeros_like(following), following)
         accepted = (choice[:, :-1] == draft.tokens).long().cumprod(1).sum(1)
         return Verdict(accepted, choice.gather(1, accepted[:, None])[:, 0])
 
