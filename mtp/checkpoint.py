@@ -1,10 +1,14 @@
 """A checkpoint is one directory, complete or absent:
 
-    config.json            format version, model config, what the caller wants remembered
+    config.json            format version, model config, checksums, what the caller wants remembered
     model.safetensors      weights
     tokenizer.json, ...    the tokenizer, if there is one
-    training.json          step, counters and data state       } only where training may continue
-    optimizer.safetensors  AdamW's moments by parameter name   }
+    training.json          step, counters and data state        } only where training may continue
+    optimizer.safetensors  the optimizer's, by parameter name   }
+
+Where a model is spread over processes, each writes its part: `model.shards/` and
+`optimizer.shards/` hold a safetensors file per process, in the layout of PyTorch's distributed
+checkpoints. Any number of processes reads either form; `gather` makes one plain directory of it.
 
 It is written to a hidden sibling and renamed, so a crash or a full disk leaves the previous
 checkpoint and no broken one. Nothing here is pickled. A run directory holds
@@ -15,10 +19,12 @@ for its newest.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,16 +33,15 @@ import torch
 from torch import Tensor, nn
 
 from mtp import tokenizer as tokenizers
+from mtp.distributed import from_rank_zero, gather_objects, rank, world_size
+from mtp.loss import is_sharded
 from mtp.model import ModelConfig, Transformer
 from mtp.tokenizer import Tokenizer
 
+log = logging.getLogger("mtp")
 FORMAT_VERSION = 1
-_CONFIG, _WEIGHTS, _TRAINING, _OPTIMIZER = (
-    "config.json",
-    "model.safetensors",
-    "training.json",
-    "optimizer.safetensors",
-)
+_CONFIG, _TRAINING = "config.json", "training.json"
+_MODEL, _OPTIMIZER = "model", "optimizer"  # .safetensors, or .shards/
 
 
 @dataclass
@@ -54,70 +59,116 @@ def save(
     training: TrainingState | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint. FileExistsError if `folder` exists; OSError, naming it, if it cannot be
-    written whole.
+    """Write a checkpoint; of a sharded model, all ranks together. FileExistsError if `folder`
+    exists; OSError, naming it, if it cannot be written whole.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(
-            f"{folder} exists already: a checkpoint is never overwritten, choose another folder"
-        )
-    weights = {
-        name: t.detach().contiguous()
-        for name, t in model.state_dict().items()
-        if name not in _derived(model)
-    }
-    needed = sum(
-        t.nbytes for t in [*weights.values(), *(training.optimizer.values() if training else ())]
-    )
+    parts = {_MODEL: {name: t.detach() for name, t in _stored_tensors(model).items()}}
+    if training is not None:
+        parts[_OPTIMIZER] = training.optimizer
+    sharded = is_sharded(model.parameters())
+    decide: Callable[..., Any] = from_rank_zero if sharded else lambda call: call()
+    needed = sum(t.nbytes for part in parts.values() for t in part.values())
+    decide(lambda: _refuse_to_overwrite(folder))
     temporary: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if free < needed:
-            raise OSError(f"{needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        _write(temporary, model, weights, tokenizer, training, notes or {})
-        os.rename(temporary, folder)
-        _sync(folder.parent)
+        temporary = decide(lambda: _reserve(folder, needed))
+        for part, tensors in parts.items():
+            _write_tensors(temporary, part, tensors, sharded)
+        sums = _checksums(temporary, sharded)
+        decide(lambda: _finish(temporary, folder, model, tokenizer, training, notes or {}, sums))
     except OSError as error:
         raise OSError(
             f"cannot write the checkpoint {folder}: {error}. Earlier checkpoints are untouched"
         ) from error
     finally:
-        if temporary is not None:
+        if temporary is not None and (rank() == 0 or not sharded):
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write(
-    folder: Path,
-    model: Transformer,
-    weights: dict[str, Tensor],
-    tokenizer: Tokenizer | None,
-    training: TrainingState | None,
-    notes: Mapping[str, Any],
-) -> None:
+def _refuse_to_overwrite(folder: Path) -> None:
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} exists already: a checkpoint is never overwritten, choose another folder"
+        )
+
+
+def _reserve(folder: Path, needed: int) -> Path:
+    """A hidden folder beside the one wanted."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise OSError(f"{needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary.chmod(0o755)  # mkdtemp's is private
+    return temporary
+
+
+def _write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor], sharded: bool) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.chmod(0o755)  # mkdtemp's is private
-    config = {"format_version": FORMAT_VERSION, "model": asdict(model.config), "notes": {**notes}}
+    if sharded:
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint import save as save_shards
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        writer = HuggingFaceStorageWriter(str(folder / f"{part}.shards"), save_distributed=True)
+        try:
+            save_shards(dict(tensors), storage_writer=writer)
+        except CheckpointException as error:
+            raise OSError(str(error)) from error
+        return
     try:
-        save_file(weights, folder / _WEIGHTS)
-        if training is not None:
-            save_file(
-                {k: t.contiguous() for k, t in training.optimizer.items()}, folder / _OPTIMIZER
-            )
+        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{part}.safetensors")
     except SafetensorError as error:  # its way of saying that the disk is full
         raise OSError(str(error)) from error
+
+
+def _finish(
+    temporary: Path,
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    training: TrainingState | None,
+    notes: Mapping[str, Any],
+    checksums: Mapping[str, int],
+) -> None:
+    """Write the small files, make all durable and give the folder its name."""
     if training is not None:
-        (folder / _TRAINING).write_text(json.dumps(training.progress, indent=1))
+        (temporary / _TRAINING).write_text(json.dumps(training.progress, indent=1))
     if tokenizer is not None:
-        tokenizer.save(folder)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=1))
-    for path in (*folder.iterdir(), folder):
+        tokenizer.save(temporary)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model": asdict(model.config),
+        "notes": {**notes},
+        "checksums": {**checksums},
+    }
+    (temporary / _CONFIG).write_text(json.dumps(config, indent=1))
+    for path in (*temporary.rglob("*"), temporary):
         _sync(path)
+    os.rename(temporary, folder)
+    _sync(folder.parent)
+
+
+def _checksums(folder: Path, sharded: bool) -> dict[str, int]:
+    """CRC-32 of every file of tensors. Ranks share the work on shards."""
+    files = sorted(folder.rglob("*.safetensors"))
+    mine = files[rank() :: world_size()] if sharded else files
+    sums = {str(path.relative_to(folder)): _checksum(path) for path in mine}
+    if not sharded:
+        return sums
+    return {name: value for part in gather_objects(sums) for name, value in part.items()}
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 def _sync(path: Path) -> None:
@@ -142,16 +193,56 @@ def find(where: str | Path) -> Path:
     where = Path(where)
     if (where / _CONFIG).is_file():
         return where
-    folders = (where / "checkpoints").glob("step-*")
-    found = sorted(
-        (path for path in folders if path.name[5:].isdecimal()), key=lambda path: int(path.name[5:])
-    )
+    found = of_run(where)
     if not found:
         raise FileNotFoundError(
             f"{where} is no checkpoint (no {_CONFIG} in it) and no run directory "
             f"(no checkpoints/step-* below it)"
         )
     return found[-1]
+
+
+def of_run(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run directory, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    numbered = (path for path in folders if path.name[5:].isdecimal())
+    return sorted(numbered, key=lambda path: int(path.name[5:]))
+
+
+def newest_intact(run_dir: Path) -> Path:
+    """The newest checkpoint of a run whose files are what was written. Damaged ones are put aside
+    under another name, with a warning. ValueError if none is left.
+    """
+    found = of_run(run_dir)
+    for folder, before in zip(reversed(found), [*reversed(found[:-1]), None], strict=True):
+        try:
+            check(folder)
+            return folder
+        except (OSError, ValueError) as error:
+            aside = folder.rename(
+                tempfile.mkdtemp(prefix=f"{folder.name}.damaged.", dir=folder.parent)
+            )
+            log.warning("%s. Put aside as %s; going back to %s", error, aside.name, before)
+    raise ValueError(f"{run_dir} holds no checkpoint that is whole")
+
+
+def check(folder: Path) -> None:
+    """ValueError names a file of the checkpoint that is not what was written."""
+    load_config(folder)
+    for name, value in json.loads((folder / _CONFIG).read_text())["checksums"].items():
+        if not (folder / name).is_file() or _checksum(folder / name) != value:
+            raise ValueError(f"{folder / name} is damaged: it is not what was written")
+    if (folder / _TRAINING).is_file():
+        _training_progress(folder)
+
+
+def tidy(run_dir: Path, keep: int | None) -> None:
+    """Remove what killed saves left behind and, where `keep` says so, all but the newest."""
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in of_run(run_dir)[: -keep or None] if keep else []:
+        going = path.rename(path.with_name(f".{path.name}.going"))  # never half a checkpoint
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def load(
@@ -183,56 +274,124 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    tensors = _read(folder / _WEIGHTS)
-    wanted = {name: t for name, t in model.state_dict().items() if name not in _derived(model)}
+    """Into a model that is whole or sharded, from either form. ValueError names every tensor that
+    is missing, surplus or misshapen.
+    """
+    wanted = _stored_tensors(model)
+    stored = _shapes(folder, _MODEL)
     problems = [
-        f"missing: {name} {tuple(t.shape)}" for name, t in wanted.items() if name not in tensors
+        f"missing: {name} {tuple(t.shape)}" for name, t in wanted.items() if name not in stored
     ]
+    problems += [f"surplus: {name} {shape}" for name, shape in stored.items() if name not in wanted]
     problems += [
-        f"surplus: {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in wanted
-    ]
-    problems += [
-        f"misshapen: {name} is {tuple(tensors[name].shape)}, the config wants {tuple(t.shape)}"
+        f"misshapen: {name} is {stored[name]}, the config wants {tuple(t.shape)}"
         for name, t in wanted.items()
-        if name in tensors and tensors[name].shape != t.shape
+        if name in stored and stored[name] != tuple(t.shape)
     ]
     if problems:
-        raise ValueError(f"{folder / _WEIGHTS} does not fit its config. " + "; ".join(problems))
-    with torch.no_grad():
-        for name, t in wanted.items():
-            t.copy_(tensors[name])
+        where = _place(folder, _MODEL)
+        raise ValueError(f"{where} does not fit its config. " + "; ".join(problems))
+    _fill(folder, _MODEL, wanted)
 
 
-def _derived(model: nn.Module) -> set[str]:
-    """Entries of the state dict that repeat another: a tied unembedding."""
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in model.named_parameters()}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing from the checkpoint")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def load_training(where: str | Path) -> TrainingState:
-    """Progress and optimizer state of a checkpoint that training can continue from."""
+def load_training(where: str | Path, model: nn.Module | None = None) -> TrainingState:
+    """Progress and optimizer state of a checkpoint that training can continue from, spread over
+    processes as `model` is.
+    """
     folder = find(where)
     if not (folder / _TRAINING).is_file():
         raise FileNotFoundError(
             f"{folder} holds no training state: it can be loaded, but training cannot go on from it"
         )
+    params = dict(model.named_parameters()) if model is not None else {}
+
+    def empty(name: str, shape: tuple[int, ...]) -> Tensor:
+        p = params.get(name.rpartition(".")[0])
+        return torch.zeros(shape) if p is None or p.shape != shape else torch.zeros_like(p.detach())
+
+    tensors = {name: empty(name, shape) for name, shape in _shapes(folder, _OPTIMIZER).items()}
+    _fill(folder, _OPTIMIZER, tensors)
+    return TrainingState(_training_progress(folder), tensors)
+
+
+def gather(source: str | Path, folder: str | Path) -> Path:
+    """One plain directory from a checkpoint that several processes wrote, in one process."""
+    source = find(source)
+    notes = json.loads((source / _CONFIG).read_text())["notes"]
+    training = load_training(source) if (source / _TRAINING).is_file() else None
+    tokenizer = load_tokenizer(source) if (source / tokenizers.INDEX_FILE).is_file() else None
+    return save(load(source), folder, tokenizer, training, notes)
+
+
+def _training_progress(folder: Path) -> dict[str, Any]:
     try:
-        progress = json.loads((folder / _TRAINING).read_text())
+        return json.loads((folder / _TRAINING).read_text())
     except ValueError as error:
         raise ValueError(f"{folder / _TRAINING} is damaged: {error}") from error
-    return TrainingState(progress, _read(folder / _OPTIMIZER))
+
+
+def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without entries that repeat another: a tied unembedding."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    repeated = every - {name for name, _ in model.named_parameters()}
+    return {name: t for name, t in model.state_dict().items() if name not in repeated}
+
+
+def _place(folder: Path, part: str) -> Path:
+    shards, file = folder / f"{part}.shards", folder / f"{part}.safetensors"
+    if shards.is_dir():
+        return shards
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing from the checkpoint")
+    return file
+
+
+def _shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in a part, by name."""
+    from safetensors import SafetensorError, safe_open
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    place = _place(folder, part)
+    try:
+        if place.is_dir():
+            metadata: Any = HuggingFaceStorageReader(str(place)).read_metadata()
+            return {name: tuple(x.size) for name, x in metadata.state_dict_metadata.items()}
+        with safe_open(place, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
+
+
+@torch.no_grad()
+def _fill(folder: Path, part: str, wanted: dict[str, Tensor]) -> None:
+    """Read the tensors of these names into them."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as load_shards
+
+    place = _place(folder, part)
+    if place.is_dir():
+        load_shards(
+            wanted,
+            storage_reader=HuggingFaceStorageReader(str(place)),
+            no_dist=not is_sharded(wanted.values()),
+        )
+        return
+    for name, t in load_file(place).items():
+        _copy(wanted[name], t)
+
+
+def _copy(to: Tensor, whole: Tensor) -> None:
+    if is_sharded([to]):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = to  # every rank has read the file, and takes its own part
+        spread = distribute_tensor(
+            whole.to(to.device), sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
+        to.copy_(spread)
+    else:
+        to.copy_(whole)
 
 
 def load_tokenizer(where: str | Path) -> Tokenizer:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mtp import checkpoint
 from mtp.decode.contract import Request
 from mtp.decode.drafters import OwnHeads
 from mtp.decode.loop import generate
-from mtp.distributed import rank
+from mtp.distributed import rank, world_size
 from mtp.tokenizer import Tokenizer
 from mtp.train import Progress
 
@@ -65,6 +71,85 @@ def console(progress: Progress) -> None:
             " ".join(bits),
             m["val_acceptance_length"],
         )
+
+
+class Utilisation:
+    """A hook: memory_gib (peak, of the device or else of this process), model TFLOP/s per rank and,
+    on devices whose peak is known, their share of it (MFU). n unembeddings count, recomputation
+    does not.
+    """
+
+    def __init__(self, flops_per_token: float, precision: str) -> None:
+        self.flops, self.precision = flops_per_token, precision
+
+    def __call__(self, progress: Progress) -> None:
+        m = progress.metrics
+        if "tokens_per_second" not in m:
+            return
+        device = next(progress.model.parameters()).device
+        rate = self.flops * m["tokens_per_second"] / world_size()
+        m["memory_gib"] = _peak_memory(device) / 2**30
+        m["model_tflops"] = rate / 1e12
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = next((x for word, x in PEAK_FLOPS.items() if word in name), None)
+        if peak and self.precision == "bfloat16":
+            m["mfu"] = rate / peak
+
+
+# Dense bfloat16 operations per second, from the makers' data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and the first SIGINT only ask for a stop. Call it to hear
+    whether one did; a second SIGINT is the usual KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # others may not
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        log.warning("%s: stopping after this step", signal.Signals(number).name)
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class WeightsAndBiases:
+    """A hook: every metric to a project of Weights & Biases. Needs the wandb package."""
+
+    def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("wandb=PROJECT needs: pip install wandb") from error
+        self.run = None
+        if rank() == 0:
+            self.run = wandb.init(project=project, dir=str(folder), config=config, resume="allow")
+
+    def __call__(self, progress: Progress) -> None:
+        if self.run is not None and progress.metrics:
+            self.run.log(progress.metrics, step=progress.step)
 
 
 class TensorBoard:

@@ -16,7 +16,7 @@ a line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,6 +97,11 @@ def reference(
     return (scale_NBT * nll_NBT).sum(), nll_NBT.detach()
 
 
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is spread over processes (FSDP2's DTensor)."""
+    return any(type(t.data).__name__ == "DTensor" for t in tensors)
+
+
 def sequential(
     fns: Sequence[Callable[[Tensor], Tensor]],
     inputs: Sequence[Tensor],
@@ -117,7 +122,7 @@ def sequential(
     """
     if len(fns) != len(targets_NBT):
         raise ValueError(f"the model has {len(fns)} heads, the loss {len(targets_NBT)} targets")
-    if any(type(p).__name__ == "DTensor" for p in (*weights, *params)):
+    if is_sharded((*weights, *params)):
         raise RuntimeError(
             "a sharded parameter was reached outside its own module: "
             "use cut='latents' with sharded models"

@@ -59,7 +59,9 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.known = [name for name, _ in model.named_parameters()]
-        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {
+            p: name for name, p in model.named_parameters() if p.requires_grad
+        }
         maps = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
         by_muon = maps & self.names.keys() if config.name == "muon" else set()
         rest = [p for p in self.names if p not in by_muon]

@@ -22,8 +22,16 @@ import torch
 
 from mtp import checkpoint
 from mtp.data import Batches, Corpus, DataConfig, StreamingBatches, iter_documents, load_corpus
-from mtp.distributed import rank, world_size
-from mtp.hooks import JsonlLog, Samples, TensorBoard, console
+from mtp.distributed import from_rank_zero, rank, start, world_size
+from mtp.hooks import (
+    JsonlLog,
+    Samples,
+    StopSignals,
+    TensorBoard,
+    Utilisation,
+    WeightsAndBiases,
+    console,
+)
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
 from mtp.optim import Optimizer
@@ -31,19 +39,22 @@ from mtp.tokenizer import Tokenizer, load_tokenizer
 from mtp.train import Hook, Progress, TrainConfig, prepare, train, validate
 
 log = logging.getLogger("mtp")
+RESUME = ("false", "true", "auto")
 
 
 @dataclass
 class RunConfig:
-    """model.vocab_size comes from the tokenizer. resume: go on from run_dir's newest checkpoint.
-    dry_run: only say what the run will take. head_weights: one per head, null for all 1.
-    sample_every: seconds between samples of sample_prompt, 0 for none.
+    """model.vocab_size comes from the tokenizer. resume: go on from run_dir's newest checkpoint;
+    auto: if there is one. dry_run: only say what the run will take. wandb: a project's name.
+    head_weights: one per head, null for all 1. sample_every: seconds between samples of
+    sample_prompt, 0 for none.
     """
 
     run_dir: str = "runs/train"
-    resume: bool = False
+    resume: str = "false"  # true, false or auto
     dry_run: bool = False
     tensorboard: bool = False
+    wandb: str | None = None
     device: str = "auto"
     head_weights: list[float] | None = None
     sample_prompt: str = "def "
@@ -52,68 +63,97 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        self.resume = str(self.resume).lower()  # YAML reads the first two as booleans
+        if self.resume not in RESUME:
+            raise ValueError(f"resume={self.resume!r}: allowed are {', '.join(RESUME)}")
+
 
 def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     """Train as configured, or say what it will take (None). What cannot work is refused before
-    anything is loaded.
+    anything is loaded. The same call in every process where torchrun or srun started several.
+
+    SIGTERM and SIGINT end the run after the step at hand, saved: progress.stopped says so.
     """
-    device, run_dir = find_device(config.device), Path(config.run_dir)
+    device, run_dir = start(find_device(config.device)), Path(config.run_dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    model_config = replace(config.model, vocab_size=tokenizer.vocab_size)
-    if config.data.seq_len > model_config.max_seq_len:
-        raise ValueError(
-            f"data.seq_len={config.data.seq_len} exceeds "
-            f"model.max_seq_len={model_config.max_seq_len}"
-        )
-    if config.data.seq_len < model_config.n_future_tokens:
-        raise ValueError(
-            f"data.seq_len={config.data.seq_len} is shorter than "
-            f"model.n_future_tokens={model_config.n_future_tokens}"
-        )
-    loss_fn = MultiTokenLoss(model_config.n_future_tokens, config.head_weights)
+    model_config = _fitting(config, tokenizer)
+    n = model_config.n_future_tokens
+    loss_fn = MultiTokenLoss(n, config.head_weights)
     expected = estimate(model_config, config.train, config.data.seq_len)
     log.info("%s", describe(expected))
     if config.dry_run:
         return None
-    state = _open_run_dir(run_dir, config.resume, expected["disk_bytes"])
+    source = from_rank_zero(lambda: _open_run_dir(config, expected["disk_bytes"]))
+    if source is not None:
+        _check_same(checkpoint.load_config(source), model_config)
     held_out = load_corpus(config.data, tokenizer, True)
-    batches, notes = _batches(config, tokenizer, model_config.n_future_tokens)
-    if _step(state) >= config.train.steps:
-        log.info("the run has done its %d steps already: nothing is left to do", _step(state))
-    generator = torch.Generator().manual_seed(config.train.seed)
-    model = Transformer(model_config, generator).to(device)
-    if state is not None:
-        _check_same(checkpoint.load_config(checkpoint.find(run_dir)), model_config)
-        checkpoint.load_weights(model, checkpoint.find(run_dir))
-    prepare(model, config.train)
+    batches, notes = _batches(config, tokenizer, n)
     notes |= {"tokenizer": tokenizer.fingerprint}
+    model = Transformer(model_config, torch.Generator().manual_seed(config.train.seed)).to(device)
+    prepare(model, config.train)
+    state = None
+    if source is not None:
+        checkpoint.load_weights(model, source)
+        state = checkpoint.load_training(source, model)
+        log.info("going on from %s", source)
+    at_start = state.progress["step"] if state else 0
+    if at_start >= config.train.steps:
+        log.info("the run has done its %d steps already: nothing is left to do", at_start)
     if rank() == 0:
         checkpoint.write_text(run_dir / "run.json", json.dumps(asdict(config), indent=1))
 
     def save(progress: Progress, optimizer: Optimizer) -> None:
+        training = checkpoint.TrainingState(
+            progress.counters() | {"data": batches.state_dict()}, optimizer.state_dict()
+        )
+        folder = run_dir / "checkpoints" / f"step-{progress.step:08d}"
+        checkpoint.save(model, folder, tokenizer, training, notes)
         if rank() == 0:
-            training = checkpoint.TrainingState(
-                progress.counters() | {"data": batches.state_dict()}, optimizer.state_dict()
-            )
-            folder = run_dir / "checkpoints" / f"step-{progress.step:08d}"
-            checkpoint.save(model, folder, tokenizer, training, notes)
             log.info("saved %s", folder)
+            checkpoint.tidy(run_dir, config.train.keep_last)
 
-    beside: list[Hook] = [JsonlLog(run_dir / "metrics.jsonl", _step(state)), console]
+    with StopSignals() as stop:
+        return train(
+            model,
+            batches,
+            loss_fn,
+            config.train,
+            hooks=[*_beside(config, tokenizer, expected["flops_per_token"], at_start), *hooks],
+            evaluate=evaluator(held_out, config, n),
+            save=save,
+            resume=state,
+            stop=stop,
+        )
+
+
+def _fitting(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's configuration with the tokenizer's vocabulary, if rows fit it."""
+    model, seq_len = replace(config.model, vocab_size=tokenizer.vocab_size), config.data.seq_len
+    if seq_len > model.max_seq_len:
+        raise ValueError(f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}")
+    if seq_len < model.n_future_tokens:
+        raise ValueError(
+            f"data.seq_len={seq_len} is shorter than model.n_future_tokens={model.n_future_tokens}"
+        )
+    return model
+
+
+def _beside(config: RunConfig, tokenizer: Tokenizer, flops: float, at_start: int) -> list[Hook]:
+    """What is logged, in an order: figures are added before they are written."""
+    run_dir = Path(config.run_dir)
+    hooks: list[Hook] = [
+        Utilisation(flops, config.train.precision),
+        JsonlLog(run_dir / "metrics.jsonl", at_start),
+        console,
+    ]
     if config.tensorboard:
-        beside.append(TensorBoard(run_dir / "tensorboard"))
-    if config.sample_every:
-        beside.append(Samples(tokenizer, config.sample_prompt, config.sample_every))
-    return train(
-        model,
-        batches,
-        loss_fn,
-        config.train,
-        hooks=[*beside, *hooks],
-        evaluate=evaluator(held_out, config, model_config.n_future_tokens),
-        save=save,
-        resume=state,
-    )
+        hooks.append(TensorBoard(run_dir / "tensorboard"))
+    if config.wandb:
+        hooks.append(WeightsAndBiases(config.wandb, run_dir, asdict(config)))
+    if config.sample_every and world_size() == 1:  # a sharded model does not decode
+        hooks.append(Samples(tokenizer, config.sample_prompt, config.sample_every))
+    return hooks
 
 
 def find_device(name: str) -> torch.device:
@@ -133,14 +173,15 @@ def find_device(name: str) -> torch.device:
 def evaluator(
     held_out: Corpus, config: RunConfig, n: int
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """Validation on eval_batches batches, the same each time and spread over the held-out text."""
-
-    batches = Batches(held_out, config.data.seq_len, n, config.train.batch_size, epochs=1)
+    """Validation on eval_batches batches, the same each time, shared among ranks."""
+    ranks = (rank(), world_size())
+    rows = config.train.batch_size
+    batches = Batches(held_out, config.data.seq_len, n, rows, 0, *ranks, epochs=1)
     start = batches.state_dict()
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         batches.load_state_dict(start)
-        chosen = islice(batches, config.train.eval_batches)
+        chosen = islice(batches, -(-config.train.eval_batches // world_size()))
         return validate(model, chosen, n, held_out.bytes_per_token)
 
     return evaluate
@@ -159,29 +200,32 @@ def _batches(
     return Batches(corpus, data.seq_len, n, rows, data.seed, *ranks), {"data": corpus.fingerprint}
 
 
-def _open_run_dir(
-    run_dir: Path, resume: bool, disk_bytes: float
-) -> checkpoint.TrainingState | None:
-    """Make sure that the run can write there, and that nothing is mixed up with an earlier run."""
-    started = (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").glob("step-*"))
-    if started and not resume:
+def _open_run_dir(config: RunConfig, disk_bytes: float) -> Path | None:
+    """Make sure that the run can write there, and that nothing is mixed up with an earlier run; ->
+    the checkpoint to go on from.
+    """
+    run_dir = Path(config.run_dir)
+    started = bool(checkpoint.of_run(run_dir))
+    if started and config.resume == "false":
         raise ValueError(
             f"run_dir={run_dir} holds a run already: say resume=true or choose another"
         )
-    if resume and not started:
+    if not started and config.resume == "true":
         raise ValueError(f"resume=true, but run_dir={run_dir} holds no checkpoint")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run_dir).close()
     except OSError as error:
         raise OSError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    checkpoint.tidy(run_dir, None)
     free = shutil.disk_usage(run_dir).free
     if free < disk_bytes:
         raise OSError(
             f"run_dir={run_dir} has {free / 2**20:,.0f} MiB free, the run's checkpoints need about "
-            f"{disk_bytes / 2**20:,.0f}: save less often (train.save_every) or elsewhere"
+            f"{disk_bytes / 2**20:,.0f}: save less often (train.save_every), keep fewer "
+            f"(train.keep_last) or write elsewhere"
         )
-    return checkpoint.load_training(run_dir) if resume else None
+    return checkpoint.newest_intact(run_dir) if started else None
 
 
 def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
@@ -192,10 +236,6 @@ def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
         raise ValueError(
             f"resume=true, but the checkpoint's model is another: {', '.join(changed)}"
         )
-
-
-def _step(state: checkpoint.TrainingState | None) -> int:
-    return state.progress["step"] if state else 0
 
 
 def estimate(model: ModelConfig, config: TrainConfig, seq_len: int) -> dict[str, float]:
@@ -219,6 +259,8 @@ def estimate(model: ModelConfig, config: TrainConfig, seq_len: int) -> dict[str,
     activations = tokens * len(shapes.blocks) * (12 * model.dim + 4 * model.ffn_dim) * width
     per_token = 6 * multiplied + 6 * model.n_layers * model.dim * seq_len
     saves = -(-config.steps // config.save_every) if config.save_every else 1
+    if config.keep_last:  # one more while the oldest is not gone yet
+        saves = min(saves, config.keep_last + 1)
     return {
         "parameters": parameters,
         "memory_bytes": 16 * parameters + activations,

@@ -16,15 +16,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mtp import checkpoint
 from mtp.blocks import compile_blocks, recompute_blocks
-from mtp.distributed import sum_over_ranks, world_size
-from mtp.loss import Batch, Metrics, agreements, future_targets, predictions
+from mtp.distributed import SHARDINGS, shard, sum_on_host, sum_over_ranks, world_size
+from mtp.loss import Batch, Metrics, agreements, future_targets, is_sharded, predictions
+from mtp.meter import Meter
 from mtp.optim import OptimConfig, Optimizer, schedule
 
 log = logging.getLogger("mtp")
@@ -40,7 +41,8 @@ class TrainConfig:
     precision: of the forward pass (bfloat16 is autocast, weights stay fp32). What `prepare` reads:
     compile: torch.compile on every block; without a working compiler the run goes on uncompiled,
     with a warning. recompute: blocks whose activations are made again in backward instead of kept.
-    Zero switches eval_every and save_every off; the end is always evaluated and saved.
+    Zero switches eval_every and save_every off; the end is always evaluated and saved. keep_last:
+    how many of the newest checkpoints stay, None for all.
     """
 
     steps: int = 1000
@@ -50,11 +52,13 @@ class TrainConfig:
     precision: str = "float32"
     compile: bool = False
     recompute: str = "none"
+    sharding: str = "replicate"
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 16
     save_every: int = 1000
+    keep_last: int | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
@@ -66,15 +70,15 @@ class TrainConfig:
                 raise ValueError(
                     f"train.{key}={getattr(self, key)} must be at least 0 (0 switches it off)"
                 )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"train.precision={self.precision!r} is unknown: "
-                f"allowed are {', '.join(PRECISIONS)}"
-            )
-        if self.recompute not in RECOMPUTE:
-            raise ValueError(
-                f"train.recompute={self.recompute!r} is unknown: allowed are {', '.join(RECOMPUTE)}"
-            )
+        choices = {"precision": PRECISIONS, "recompute": RECOMPUTE, "sharding": SHARDINGS}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"train.{key}={getattr(self, key)!r} is unknown: "
+                    f"allowed are {', '.join(allowed)}"
+                )
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ValueError(f"train.keep_last={self.keep_last} must be at least 1 (null for all)")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise ValueError(
                 f"train.max_seconds={self.max_seconds} must be above 0 (null for no limit)"
@@ -87,6 +91,8 @@ def prepare(model: Any, config: TrainConfig) -> None:
     recompute_blocks(chosen[config.recompute])
     if config.compile:
         compile_blocks(model.blocks, next(model.parameters()).device)
+    if world_size() > 1:
+        shard(model, config.sharding, PRECISIONS[config.precision])
 
 
 class Loss(Protocol):
@@ -118,6 +124,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     done: float = 0.0  # share of the schedule, 0..1
+    stopped: bool = False  # before its end, because it was asked to
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -141,53 +148,67 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     save: Callable[[Progress, Optimizer], None] | None = None,
     resume: checkpoint.TrainingState | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
     """Train until config.steps (or max_seconds). A run of 2k steps that was stopped after k and
     resumed equals the uninterrupted one bit for bit, unless the clock (max_seconds) had a say.
 
-    evaluate(model) -> metrics to log; save(progress, optimizer) writes a checkpoint. ValueError
-    names the step at which batches ran out or the loss stopped being finite.
+    evaluate(model) -> metrics to log; save(progress, optimizer) writes a checkpoint. When stop()
+    says so on any rank, the step is finished and saved, and all ranks return. ValueError names the
+    step at which batches ran out, or the step, rank and micro-batch of a loss that is not finite.
     """
+    device = next(model.parameters()).device
     optimizer = Optimizer(model, config.optim)
     progress = Progress(model)
     if resume is not None:
         optimizer.load_state_dict(resume.optimizer)
         progress = Progress(model, **{k: resume.progress[k] for k in ("step", "tokens", "seconds")})
         batches.load_state_dict(resume.progress["data"])
-    meter = _Meter()
-    while not finished(progress, config):
+    meter = Meter(device)
+    while not (progress.stopped or finished(progress, config)):
         started = time.perf_counter()
         lr = config.optim.lr * schedule(progress.step, _done(progress, config), config.optim)
         tokens = train_step(model, batches, loss_fn, config, meter, progress.step)
         optimizer.step(lr)
         progress.step += 1
         progress.tokens += tokens * world_size()
-        progress.seconds += meter.end_step(tokens, started, progress.step % config.log_every == 0)
-        if config.max_seconds is not None:  # ranks must end, and decay, together
-            progress.seconds = _mean_over_ranks(progress.seconds, model)
-        progress.done = _done(progress, config)
-        due = _Due(progress.step, finished(progress, config))
-        progress.metrics = {}
-        saves = due.every(config.save_every)  # what it saves is finite, and a resumed log the same
-        if progress.step == 1 or due.every(config.log_every) or saves:
-            progress.metrics = meter.read(progress.step) | {"lr": lr}
-        with torch.compiler.set_stance("force_eager"):  # other shapes would compile again
-            if evaluate and due.every(config.eval_every):
-                progress.metrics |= evaluate(model)
-            for hook in hooks:
-                hook(progress)
-        if save and saves:
+        seconds = meter.end_step(tokens, started, progress.step % config.log_every == 0)
+        # Ranks end, and decay, together.
+        seconds, wishes = sum_on_host([seconds / world_size(), float(stop())], device)
+        progress.seconds += seconds
+        progress.stopped, progress.done = wishes > 0, _done(progress, config)
+        _after_step(progress, config, meter, lr, hooks, evaluate)
+        if save and _due(progress, config, config.save_every):
             save(progress, optimizer)
     return progress
 
 
-class _Due(NamedTuple):
-    step: int
-    last: bool
+def _after_step(
+    progress: Progress,
+    config: TrainConfig,
+    meter: Meter,
+    lr: float,
+    hooks: Sequence[Hook],
+    evaluate: Callable[[nn.Module], dict[str, float]] | None,
+) -> None:
+    """Fill progress.metrics where something is due, and call the hooks."""
+    progress.metrics = {}
+    # Also where a checkpoint follows: what it holds is finite, and a resumed log the same.
+    if progress.step == 1 or any(
+        _due(progress, config, every) for every in (config.log_every, config.save_every)
+    ):
+        progress.metrics = meter.read() | {"lr": lr}
+    with torch.compiler.set_stance("force_eager"):  # other shapes would compile again
+        if evaluate and not progress.stopped and _due(progress, config, config.eval_every):
+            progress.metrics |= evaluate(progress.model)
+        for hook in hooks:
+            hook(progress)
 
-    def every(self, period: int) -> bool:
-        """Each `period` steps (never, if zero) and at the end."""
-        return self.last or (period > 0 and self.step % period == 0)
+
+def _due(progress: Progress, config: TrainConfig, period: int) -> bool:
+    """Each `period` steps (never, if zero) and at the end."""
+    last = progress.stopped or finished(progress, config)
+    return last or (period > 0 and progress.step % period == 0)
 
 
 def train_step(
@@ -195,7 +216,7 @@ def train_step(
     batches: Batches,
     loss_fn: Loss,
     config: TrainConfig,
-    meter: _Meter,
+    meter: Meter,
     step: int,
 ) -> int:
     """The clipped gradient of one step; -> tokens it was learned from on this rank."""
@@ -216,60 +237,17 @@ def train_step(
     autocast = torch.autocast(
         device.type, PRECISIONS[config.precision], enabled=config.precision != "float32"
     )
+    losses = []
     for batch in micro:
         with autocast:
             loss, metrics = loss_fn(model, batch, denominator)
         loss.backward()
         meter.add(metrics)
-    meter.norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        losses.append(loss)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+    whole: Any = norm
+    meter.watch(step, losses, whole.full_tensor() if is_sharded([norm]) else whole)
     return sum(int(b.row.shape[0]) * (b.row.shape[1] - len(denominator)) for b in micro)
-
-
-class _Meter:
-    """Sums over the steps since it was last read; tensors stay on their device until then."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self.norm: Tensor | None = None
-        self.tokens, self.waited, self.seconds = 0, 0.0, 0.0
-
-    def add(self, metrics: Metrics) -> None:
-        for name, (total, count) in metrics.items():
-            old = self.sums.get(name, (0, 0))
-            self.sums[name] = (old[0] + total.detach(), old[1] + count)
-
-    def end_step(self, tokens: int, started: float, catch_up: bool) -> float:
-        """Seconds of the step; `catch_up` lets the device finish before the clock is read."""
-        if catch_up and self.norm is not None:
-            self.norm.item()
-        seconds = time.perf_counter() - started
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        return seconds
-
-    def read(self, step: int) -> dict[str, float]:
-        """Means over ranks and steps; starts anew. ValueError if a mean is not finite."""
-        pairs = {
-            k: sum_over_ranks(torch.stack([s, c.to(s)])).tolist() for k, (s, c) in self.sums.items()
-        }
-        values = {name: total / max(count, 1) for name, (total, count) in pairs.items()}
-        values["grad_norm"] = float(self.norm) if self.norm is not None else 0.0
-        if not all(math.isfinite(v) for v in values.values()):
-            raise ValueError(
-                f"step {step}: the loss or its gradient is not finite ({values}): "
-                f"lower the learning rate"
-            )
-        values["tokens_per_second"] = self.tokens * world_size() / max(self.seconds, 1e-9)
-        values["data_wait"] = self.waited / max(self.seconds, 1e-9)
-        self.__init__()  # type: ignore[misc]
-        return values
-
-
-def _mean_over_ranks(x: float, model: nn.Module) -> float:
-    """Through the model's device: NCCL knows no other."""
-    if world_size() == 1:
-        return x
-    device = next(model.parameters()).device
-    return float(sum_over_ranks(torch.tensor(x, device=device))) / world_size()
 
 
 def _done(progress: Progress, config: TrainConfig) -> float:
@@ -287,21 +265,25 @@ def validate(
 ) -> dict[str, float]:
     """Per head i: val_loss_i (nats per token), val_bits_per_byte_i, val_agreement_i (i >= 2, with
     head 1's own later choice); and val_acceptance_length, what exact greedy verification would
-    accept per step on this text (teacher-forced).
+    accept per step on this text (teacher-forced). Over the batches of all ranks.
     """
     device = next(model.parameters()).device
-    nll, valid_count = torch.zeros(n, dtype=torch.double), torch.zeros(n, dtype=torch.double)
-    agreed = torch.zeros(n - 1, dtype=torch.double)
-    chained, usable_count = torch.zeros(2, dtype=torch.double)
+    sizes = (n, n, n - 1, 1, 1)
+    sums = torch.zeros(sum(sizes), dtype=torch.double)
     for batch in batches:
         targets, valid = future_targets(batch.to(device), n)
         nll_NBT, best = model(batch.row.to(device), score=_predictor(targets))
         agree, usable = agreements(best, valid)
-        nll += (nll_NBT * valid).sum((1, 2)).cpu()
-        valid_count += valid.sum((1, 2)).cpu()
-        agreed += (agree & usable).sum((1, 2)).cpu()
-        chained += (agree.cumprod(0) * usable).sum().cpu()
-        usable_count += usable.sum().cpu()
+        found = (
+            (nll_NBT * valid).sum((1, 2)),
+            valid.sum((1, 2)),
+            (agree & usable).sum((1, 2)),
+            (agree.cumprod(0) * usable).sum()[None],
+            usable.sum()[None],
+        )
+        sums += torch.cat([x.cpu().double() for x in found])
+    sums = torch.tensor(sum_on_host(sums.tolist(), device), dtype=torch.double)
+    nll, valid_count, agreed, chained, usable_count = sums.split(sizes)
     loss = (nll / valid_count.clamp(min=1)).tolist()
     share = (agreed / usable_count.clamp(min=1)).tolist()
     metrics = {f"val_loss_{i}": x for i, x in enumerate(loss, 1)}

@@ -25,6 +25,7 @@ EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.decode.contract"},
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
+    "mtp.meter": {"mtp.distributed", "mtp.loss"},
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it

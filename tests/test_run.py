@@ -20,7 +20,10 @@ from mtp.tokenizer import ByteTokenizer
 from mtp.train import TrainConfig, validate
 
 N = 3
-TIMES = ("seconds", "tokens_per_second", "data_wait")
+TIMES = (
+    *("seconds", "tokens_per_second", "step_seconds", "data_wait"),
+    *("memory_gib", "model_tflops"),
+)
 MODEL = ModelConfig(dim=8, n_layers=4, n_heads=2, n_future_tokens=N, multiple_of=8, max_seq_len=64)
 
 
@@ -239,7 +242,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(source, config, texts, mon
     whole = replace(config, run_dir=f"{config.run_dir}-whole")
     run(whole)
     interrupted(config, 2)
-    progress = run(replace(config, resume=True))
+    progress = run(replace(config, resume="true"))
     assert progress.step == 6
     same_checkpoints(config, whole)
     assert metrics(config) == metrics(whole)
@@ -249,13 +252,13 @@ def test_resuming_goes_on_from_the_newest_checkpoint_by_number(config):
     config.train = replace(config.train, save_every=2, steps=12, log_every=12)
     interrupted(config, 10)
     steps = []
-    run(replace(config, resume=True), hooks=[lambda progress: steps.append(progress.step)])
+    run(replace(config, resume="true"), hooks=[lambda progress: steps.append(progress.step)])
     assert steps == [11, 12]
 
 
 def test_a_finished_run_can_be_prolonged(config):
     run(config)
-    longer = replace(config, resume=True, train=replace(config.train, steps=6))
+    longer = replace(config, resume="true", train=replace(config.train, steps=6))
     assert run(longer).step == 6
     assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4, 5, 6]
 
@@ -266,7 +269,7 @@ def test_a_finished_run_can_be_prolonged(config):
 def test_resuming_with_another_model_of_the_same_shapes_is_refused(key, value, config):
     config.train.steps = 1
     run(config)
-    other = replace(config, resume=True, model=replace(MODEL, **{key: value}))
+    other = replace(config, resume="true", model=replace(MODEL, **{key: value}))
     with pytest.raises(ValueError, match=f"model.{key}={value!r}"):
         run(other)
 
@@ -276,7 +279,7 @@ def test_resuming_on_other_data_is_refused(config, texts):
     run(config)
     other = replace(config.data, path=str(texts / "held_out"))
     with pytest.raises(ValueError, match="state of other data: its corpus"):
-        run(replace(config, resume=True, data=other))
+        run(replace(config, resume="true", data=other))
 
 
 # What is refused, before anything is loaded.
@@ -291,7 +294,7 @@ def test_a_used_run_directory_is_refused_and_left_as_it_was(config):
 
 
 def test_resuming_nothing_is_refused(config):
-    config.resume = True
+    config.resume = "true"
     with pytest.raises(ValueError, match=f"run_dir={config.run_dir} holds no checkpoint"):
         run(config)
     assert not home(config).exists()
