@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-warn-script-location --no-compile -q -c .ci/constraints.txt
+# Where the environment forbids it, every process would compile all of torch's Python anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test clean
 

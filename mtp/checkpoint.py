@@ -23,6 +23,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -371,11 +372,13 @@ def _fill(folder: Path, part: str, wanted: dict[str, Tensor]) -> None:
 
     place = _place(folder, part)
     if place.is_dir():
-        load_shards(
-            wanted,
-            storage_reader=HuggingFaceStorageReader(str(place)),
-            no_dist=not is_sharded(wanted.values()),
-        )
+        with warnings.catch_warnings():  # that one process reads what several wrote is no accident
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load_shards(
+                wanted,
+                storage_reader=HuggingFaceStorageReader(str(place)),
+                no_dist=not is_sharded(wanted.values()),
+            )
         return
     for name, t in load_file(place).items():
         _copy(wanted[name], t)
