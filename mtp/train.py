@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -198,7 +199,9 @@ def _after_step(
         _due(progress, config, every) for every in (config.log_every, config.save_every)
     ):
         progress.metrics = meter.read() | {"lr": lr}
-    with torch.compiler.set_stance("force_eager"):  # other shapes would compile again
+    # Other shapes would compile again.
+    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    with eager:
         if evaluate and not progress.stopped and _due(progress, config, config.eval_every):
             progress.metrics |= evaluate(progress.model)
         for hook in hooks:
