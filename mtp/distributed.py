@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -71,21 +72,25 @@ def gather_objects(mine: T) -> list[T]:
     return everyone
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the processes that torchrun or SLURM's srun started, if they did; -> the device of this
-    one.
+@contextmanager
+def processes(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun or SLURM's srun started, if they did, and leave together; ->
+    the device of this one.
     """
     if "RANK" not in os.environ:
         os.environ.update(_slurm(os.environ))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return device
+        yield device
+        return
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # gloo beside NCCL: what the host knows is agreed on without waiting for the device.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
+    yield device  # after an error the others may be waiting for this one: it just ends
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _slurm(env: Any) -> dict[str, str]:

@@ -22,7 +22,7 @@ import torch
 
 from mtp import checkpoint
 from mtp.data import Batches, Corpus, DataConfig, StreamingBatches, iter_documents, load_corpus
-from mtp.distributed import from_rank_zero, rank, start, world_size
+from mtp.distributed import from_rank_zero, processes, rank, world_size
 from mtp.hooks import (
     JsonlLog,
     Samples,
@@ -75,8 +75,12 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
 
     SIGTERM and SIGINT end the run after the step at hand, saved: progress.stopped says so.
     """
-    device, run_dir = start(find_device(config.device)), Path(config.run_dir)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    with processes(find_device(config.device)) as device:
+        return _run(config, device, hooks)
+
+
+def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Progress | None:
+    run_dir, tokenizer = Path(config.run_dir), load_tokenizer(config.data.tokenizer)
     model_config = _fitting(config, tokenizer)
     n = model_config.n_future_tokens
     loss_fn = MultiTokenLoss(n, config.head_weights)

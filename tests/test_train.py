@@ -1,7 +1,6 @@
 """Training: resumed bit for bit, independent of how a batch is split, honest in its figures."""
 
 import json
-import logging
 import math
 
 import pytest
@@ -12,10 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mtp import checkpoint
 from mtp.data import Batches, Corpus
 from mtp.documents import Document
-from mtp.hooks import JsonlLog, Samples, TensorBoard, console, read_jsonl
+from mtp.hooks import JsonlLog
 from mtp.loss import Batch, MultiTokenLoss, future_targets
 from mtp.optim import OptimConfig, Optimizer, schedule
-from mtp.tokenizer import ByteTokenizer
 from mtp.train import Progress, TrainConfig, train, validate
 
 N, SEQ_LEN = 4, 12
@@ -419,68 +417,6 @@ def test_metrics_file_holds_one_object_per_logged_step(tmp_path):
     assert [line["tokens"] for line in lines] == [2 * SEQ_LEN * step for step in (1, 2, 4)]
     heads = {f"loss_{i}" for i in range(1, N + 1)}
     assert lines[-1].keys() == heads | {"step", "tokens", "seconds", "grad_norm", "lr", *TIMES}
-
-
-def test_metrics_past_the_resumed_step_and_half_lines_are_dropped(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    JsonlLog(file, resumed_at=2)(Progress(tiny(), step=3, metrics={"new": 1.0}))
-    assert [line["step"] for line in read_jsonl(file)] == [1, 2, 3]
-    assert list(read_jsonl(file))[-1]["new"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_metrics_of_an_earlier_run_are_dropped_by_a_new_one(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n')
-    JsonlLog(file)
-    assert file.read_text() == ""
-
-
-def test_console_shows_losses_time_left_and_validation(caplog):
-    caplog.set_level(logging.INFO)
-    heads = {"loss_1": 1.25, "loss_2": 2.5, "tokens_per_second": 1234.0}
-    held_out = {"val_loss_1": 1.0, "val_bits_per_byte_1": 3.25, "val_acceptance_length": 2.75}
-    console(Progress(tiny(), step=7, seconds=60.0, done=0.5, metrics=heads | held_out))
-    console(Progress(tiny(), step=8))
-    first, second = caplog.messages
-    assert all(word in first for word in ("7", "50%", "1.25 2.50", "1,234 tokens/s", "1:00 left"))
-    assert "3.25" in second and "2.75" in second
-
-
-def test_tensorboard_gets_every_metric(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    hook = TensorBoard(tmp_path)
-    hook(Progress(tiny(), step=3, metrics={"loss_1": 2.5, "lr": 0.5}))
-    hook.writer.close()
-    (file,) = tmp_path.iterdir()
-    events = [event for event in EventFileLoader(str(file)).Load() if event.summary.value]
-    assert [(event.step, event.summary.value[0].tag) for event in events] == [
-        (3, "loss_1"),
-        (3, "lr"),
-    ]
-
-
-def sampled(caplog, prompt="ab", seconds=(0.0,), context=96, **timing):
-    caplog.set_level(logging.INFO)
-    model = tiny(vocab_size=257, max_seq_len=context)
-    hook = Samples(ByteTokenizer(), prompt, **({"every": 30.0, "new_tokens": 5} | timing))
-    for now in seconds:
-        hook(Progress(model, seconds=now))
-    return caplog.messages
-
-
-def test_samples_come_when_they_are_due(caplog):
-    times = (0.0, 9.9, 10.0, 39.9, 40.5, 70.0, 71.0)
-    assert len(sampled(caplog, seconds=times, every=30.0)) == 3  # at 10, 40.5 and 71
-
-
-@pytest.mark.parametrize(("prompt", "context"), [("ab", 6), ("a" * 50, 8), ("", 8)])
-def test_samples_fit_any_context(caplog, prompt, context):
-    messages = sampled(caplog, prompt, context=context, first=0.0, new_tokens=120)
-    assert len(messages) == 1 and f"{prompt}⟶" in messages[0]
 
 
 # What goes wrong.
