@@ -65,6 +65,9 @@ class ModelConfig:
         ):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("norm_eps", "rope_theta"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be above 0")
         for key, allowed in (("head", tuple(HEADS)), ("unembedding", UNEMBEDDINGS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(

@@ -21,6 +21,7 @@ from hydra.errors import ConfigCompositionException  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from scripts.cli import register  # noqa: E402
+from scripts.gather import GatherConfig  # noqa: E402
 from scripts.generate import GenerateConfig  # noqa: E402
 from scripts.prepare_data import PrepareConfig  # noqa: E402
 from scripts.train_tokenizer import TokenizerConfig  # noqa: E402
@@ -28,11 +29,13 @@ from scripts.train_tokenizer import TokenizerConfig  # noqa: E402
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
     "train": RunConfig,
+    "gather": GatherConfig,
     "generate": GenerateConfig,
     "prepare_data": PrepareConfig,
     "train_tokenizer": TokenizerConfig,
 }
 NEEDED = {  # what a command or file leaves to the user
+    "gather": ["checkpoint=x", "out=y"],
     "generate": ["checkpoint=x", "prompt=a"],
     "prepare_data": ["out=x"],
     "train_tokenizer": ["out=x.model"],
@@ -142,6 +145,17 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
             TrainConfig,
             {"precision": "fp8"},
             "train.precision='fp8' is unknown: allowed are float32, bfloat16",
+        ),
+        *(
+            (TrainConfig, {key: "x"}, f"train.{key}='x' is unknown: allowed are {first}")
+            for key, first in (("recompute", "none, heads"), ("sharding", "replicate, shard"))
+        ),
+        (TrainConfig, {"keep_last": 0}, "train.keep_last=0 must be at least 1 (null for all)"),
+        (OptimConfig, {"name": "x"}, "optim.name='x' is unknown: allowed are adamw, muon"),
+        (RunConfig, {"resume": "x"}, "resume='x': allowed are false, true, auto"),
+        *(
+            (ModelConfig, {key: 0}, f"{key}=0 must be above 0")
+            for key in ("norm_eps", "rope_theta")
         ),
         (TrainConfig, {"max_seconds": 0}, "train.max_seconds=0 must be above 0 (null for no limit"),
         *((OptimConfig, {key: 0}, f"optim.{key}=0 must be above 0") for key in ("lr", "clip")),

@@ -385,6 +385,16 @@ def test_val_path_is_all_held_out(tmp_path):
     assert validation.fingerprint == corpus_of(*(f"val {i}" for i in range(5))).fingerprint
 
 
+def test_the_end_of_a_lone_text_is_held_out(tmp_path):
+    """Cut at the start of a line, so that both parts are text."""
+    text = "".join(f"line {i}\n" for i in range(100))
+    (tmp_path / "book.txt").write_text(text)
+    config = DataConfig("text", str(tmp_path / "book.txt"), val_fraction=0.1)
+    (training,), (held_out,) = load_documents(config)
+    assert training.text + held_out.text == text
+    assert training.text.endswith("\n") and 0.05 < len(held_out.text) / len(text) < 0.15
+
+
 def test_ngram_overlap_is_the_share_found_in_training():
     assert ngram_overlap(["a b c  d"], ["b c\nd e"], n=2) == pytest.approx(2 / 3)
     assert ngram_overlap(["a b", "c d"], ["b c"], n=2) == 0.0  # n-grams do not cross documents

@@ -3,6 +3,7 @@
 A new drafter is one line in DRAFTERS. The truth is `naive`: no loop of the library, no cache.
 """
 
+import copy
 import doctest
 import itertools
 from dataclasses import replace
@@ -440,6 +441,15 @@ def test_decoding_leaves_no_gradients_and_no_modes_behind(device):
     model = target("transformer", device)
     generate(model, some_requests()[:1], OwnHeads())
     assert torch.is_grad_enabled() and model(torch.tensor([[1]], device=device)).requires_grad
+
+
+def test_autocast_around_a_decoder_changes_nothing(device):
+    """The caches have one type, so a training loop's autocast must not reach them."""
+    model = copy.deepcopy(target("transformer", device)).float()
+    requests = some_requests()[:2]
+    plain = texts(generate(model, requests, OwnHeads()))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert texts(generate(model, requests, OwnHeads())) == plain
 
 
 OK = Request([1, 2], 4)

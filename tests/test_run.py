@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -345,3 +346,18 @@ def test_held_out_text_too_short_for_a_row_is_refused_before_training(config, te
     config.data = replace(config.data, val_path=str(tmp_path / "short.txt"))
     with pytest.raises(ValueError, match="corpus: 4 tokens, one row needs 19"):
         run(config, hooks=[lambda progress: pytest.fail("training began")])
+
+
+def test_a_disk_without_room_for_the_run_is_refused_at_its_start(config, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="0 MiB free, the run's checkpoints need about .*keep_last"):
+        run(config)
+    assert not (home(config) / "run.json").exists()
+
+
+@pytest.mark.parametrize(("keep", "stay"), [(None, 4), (1, 2), (9, 4)])
+def test_the_estimate_of_disk_knows_how_many_checkpoints_stay(keep, stay):
+    training = TrainConfig(steps=8, save_every=2, keep_last=keep)
+    expected = estimate(MODEL, training, 16)
+    assert expected["disk_bytes"] == 12 * expected["parameters"] * stay

@@ -149,6 +149,14 @@ def test_training_from_shards_is_training_from_texts(texts, command, tmp_path):
     assert losses[0] == losses[1] and "val_loss_1" in losses[0][-1]
 
 
+def test_a_gathered_checkpoint_is_the_checkpoint(trained, command, tmp_path):
+    said = command("gather", f"checkpoint={trained[0]}", f"out={tmp_path}/plain")
+    assert f"written: {tmp_path}/plain" in said.out
+    ours, theirs = mtp.load(tmp_path / "plain"), mtp.load(trained[0])
+    for name, p in theirs.named_parameters():
+        assert torch.equal(dict(ours.named_parameters())[name], p), name
+
+
 def test_a_trained_tokenizer_can_be_trained_with(texts, command, tmp_path):
     pytest.importorskip("sentencepiece")
     out = f"{tmp_path}/words.model"
