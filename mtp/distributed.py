@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -91,6 +92,8 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     yield device  # after an error the others may be waiting for this one: it just ends
     dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads may still hold the last tensors; an interpreter that ends meanwhile aborts.
+    time.sleep(0.5)
 
 
 def _slurm(env: Any) -> dict[str, str]:
