@@ -230,7 +230,7 @@ def newest_intact(run_dir: Path) -> Path:
 def check(folder: Path) -> None:
     """ValueError names a file of the checkpoint that is not what was written."""
     load_config(folder)
-    for name, value in json.loads((folder / _CONFIG).read_text())["checksums"].items():
+    for name, value in json.loads((folder / _CONFIG).read_text()).get("checksums", {}).items():
         if not (folder / name).is_file() or _checksum(folder / name) != value:
             raise ValueError(f"{folder / name} is damaged: it is not what was written")
     if (folder / _TRAINING).is_file():
