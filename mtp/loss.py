@@ -135,7 +135,13 @@ def sequential(
         len(inputs),
         len(weights),
     )
-    return _Sequential.apply(plan, torch.is_grad_enabled(), *inputs, *weights, *params)
+    tensors = (*inputs, *weights, *params)
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
+    total, nll_NBT, grads = _score_heads(plan, tensors, wanted)
+    for tensor, grad in zip(tensors, grads, strict=True):
+        if grad is not None:
+            total = _Stored.apply(total, tensor, grad)
+    return total, nll_NBT
 
 
 class _Plan(NamedTuple):
@@ -156,65 +162,66 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class _Sequential(torch.autograd.Function):
-    """Tensors in: inputs, weights, params. Every gradient is complete when forward returns;
-    backward only scales.
+class _Stored(torch.autograd.Function):
+    """The sum unchanged; in backward, `tensor` gets the gradient that is stored for it. A node for
+    each tensor: a gradient is scaled, added and freed before the next one is touched.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, plan: _Plan, grad_enabled: bool, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        wanted = [grad_enabled and t.requires_grad for t in tensors]
-        grads: list[Tensor | None] = [None] * len(tensors)
-        first_param = plan.n_inputs + plan.n_weights
-        total = torch.zeros((), dtype=_wide(tensors[0].dtype), device=tensors[0].device)
-        nll_NBT = torch.empty(plan.targets_NBT.shape, dtype=total.dtype, device=total.device)
-        for i, fn in enumerate(plan.fns):
-            at, weight_at = i % plan.n_inputs, plan.n_inputs + i % plan.n_weights
-            # What this head's latent sends gradients to; empty when only the unembedding learns.
-            sinks = [k for k in (at, *range(first_param, len(tensors))) if wanted[k]]
-            with torch.set_grad_enabled(bool(sinks)):
-                x = tensors[at].detach().requires_grad_(wanted[at])
-                latent = fn(x)
-            if not latent.requires_grad:  # all that this head reads is frozen
-                sinks = []
-            d_latent = (
-                torch.empty_like(latent, memory_format=torch.contiguous_format) if sinks else None
-            )
-            if wanted[weight_at] and grads[weight_at] is None:
-                grads[weight_at] = torch.zeros_like(
-                    tensors[weight_at], dtype=_wide(tensors[weight_at].dtype)
-                )
-            nll_NBT[i] = _score_head(
-                plan, i, latent.detach(), tensors[weight_at], d_latent, grads[weight_at]
-            )
-            total += (plan.scale_NBT[i] * nll_NBT[i]).sum()
-            if d_latent is not None:
-                ends = [x if k == at else tensors[k] for k in sinks]
-                for k, g in zip(
-                    sinks,
-                    torch.autograd.grad(latent, ends, d_latent, allow_unused=True),
-                    strict=True,
-                ):
-                    if g is not None:
-                        grads[k] = g.to(_wide(g.dtype)) if grads[k] is None else grads[k] + g
-            del x, latent, d_latent
-        ctx.dtypes = [t.dtype for t in tensors]
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(nll_NBT)
-        return total, nll_NBT
+    def forward(ctx: Any, total: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.dtype = tensor.dtype
+        ctx.save_for_backward(grad)
+        return total.view_as(total)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, g: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if d is None else (d * g).to(t)
-            for d, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        return g, (grad.to(_wide(grad.dtype)) * g).to(ctx.dtype), None
+
+
+@torch.no_grad()
+def _score_heads(
+    plan: _Plan, tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """-> sum, nll (N, B, T), the gradient of each of `tensors` (inputs, weights, params) that wants
+    one.
+    """
+    grads: list[Tensor | None] = [None] * len(tensors)
+    first_param = plan.n_inputs + plan.n_weights
+    total = torch.zeros((), dtype=_wide(tensors[0].dtype), device=tensors[0].device)
+    nll_NBT = torch.empty(plan.targets_NBT.shape, dtype=total.dtype, device=total.device)
+    for i, fn in enumerate(plan.fns):
+        at, weight_at = i % plan.n_inputs, plan.n_inputs + i % plan.n_weights
+        # What this head's latent sends gradients to; empty when only the unembedding learns.
+        sinks = [k for k in (at, *range(first_param, len(tensors))) if wanted[k]]
+        with torch.set_grad_enabled(bool(sinks)):
+            x = tensors[at].detach().requires_grad_(wanted[at])
+            latent = fn(x)
+        if not latent.requires_grad:  # all that this head reads is frozen
+            sinks = []
+        d_latent = (
+            torch.empty_like(latent, memory_format=torch.contiguous_format) if sinks else None
         )
-        return (None, None, *scaled)
+        if wanted[weight_at] and grads[weight_at] is None:
+            grads[weight_at] = torch.zeros_like(
+                tensors[weight_at], dtype=_wide(tensors[weight_at].dtype)
+            )
+        nll_NBT[i] = _score_head(
+            plan, i, latent.detach(), tensors[weight_at], d_latent, grads[weight_at]
+        )
+        total += (plan.scale_NBT[i] * nll_NBT[i]).sum()
+        if d_latent is not None:
+            ends = [x if k == at else tensors[k] for k in sinks]
+            for k, g in zip(
+                sinks,
+                torch.autograd.grad(latent, ends, d_latent, allow_unused=True),
+                strict=True,
+            ):
+                if g is not None:  # wide from the second on: most parameters belong to one head
+                    grads[k] = g if grads[k] is None else grads[k].to(_wide(g.dtype)) + g
+        del x, latent, d_latent
+    return total, nll_NBT, grads
 
 
 def _score_head(
@@ -230,25 +237,29 @@ def _score_head(
     """
     dtype = _compute_dtype(latent_BTD)
     latent_MD, weight = latent_BTD.flatten(0, -2).to(dtype), weight_VD.detach().to(dtype)
-    target, scale = plan.targets_NBT[i].flatten(), plan.scale_NBT[i].flatten()
-    nll = torch.empty(len(target), dtype=_wide(dtype), device=target.device)
+    nll = torch.empty(len(latent_MD), dtype=_wide(dtype), device=latent_MD.device)
+    target_M1 = plan.targets_NBT[i].flatten()[:, None]
+    scale_M1 = plan.scale_NBT[i].flatten()[:, None].to(nll.dtype)
     d_flat = None if d_latent is None else d_latent.view(-1, d_latent.shape[-1])
-    for start in range(0, len(target), plan.chunk):
+    for start in range(0, len(nll), plan.chunk):
         at = slice(start, start + plan.chunk)
         logits = (latent_MD[at] @ weight.T).to(nll.dtype)
-        lse = logits.logsumexp(-1)
-        nll[at] = lse - logits.gather(-1, target[at, None]).squeeze(-1)
-        if d_flat is None and d_weight is None:
-            continue
-        g = logits.sub_(lse[:, None]).exp_()  # softmax, in the logits' own memory
-        g.scatter_add_(-1, target[at, None], -torch.ones_like(lse)[:, None])
-        g = g.mul_(scale[at, None]).to(dtype)
-        if d_flat is not None:
-            d_flat[at] = g @ weight
-        if d_weight is not None and d_weight.dtype == dtype:
-            d_weight.addmm_(g.T, latent_MD[at])
-        elif d_weight is not None:
-            d_weight.add_(g.T @ latent_MD[at])
+        logits -= logits.amax(-1, keepdim=True)
+        chosen = logits.gather(-1, target_M1[at])
+        # From here on in the logits' own memory: exponentials, then the gradient.
+        sums = logits.exp_().sum(-1, keepdim=True)
+        nll[at] = (sums.log() - chosen).squeeze(-1)
+        if d_flat is not None or d_weight is not None:
+            logits.mul_(scale_M1[at] / sums).scatter_add_(-1, target_M1[at], -scale_M1[at])
+            g = logits.to(dtype)
+            if d_flat is not None:
+                d_flat[at] = g @ weight
+            if d_weight is not None and d_weight.dtype == dtype:
+                d_weight.addmm_(g.T, latent_MD[at])
+            elif d_weight is not None:
+                d_weight.add_(g.T @ latent_MD[at])
+            del g
+        del logits  # or two chunks of them would be alive
     return nll.view(plan.targets_NBT[i].shape)
 
 
