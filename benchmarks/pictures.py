@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,59 @@ def loss_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def memory_panels(cases: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel per type and shape: GiB counted for each n, a line per way, recomputed heads dashed;
+    models with a whole trunk stand apart on the right.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def distinct(*keys: str) -> list[Any]:
+        return list(dict.fromkeys(tuple(c[key] for key in keys) for c in cases))
+
+    dtypes, shapes, columns = distinct("dtype"), distinct("shape"), distinct("n", "whole_trunk")
+    size = (2.9 * len(shapes) + 0.4, 2.6 * len(dtypes) + 0.9)
+    figure, grid = plt.subplots(
+        len(dtypes), len(shapes), figsize=size, dpi=110, squeeze=False, layout="constrained"
+    )
+    colours = {"reference": "0.45", "trunk": "C0", "latents": "C1"}
+    for axes, ((dtype,), (shape,)) in zip(grid.flat, product(dtypes, shapes), strict=True):
+        for (way,) in distinct("way"):
+            base, recomputed, _ = way.partition("+")
+            line = "o--" if recomputed else "o-"
+            for whole in (False, True):
+                chosen = (shape, dtype, way, whole)
+                row = [
+                    c
+                    for c in cases
+                    if (c["shape"], c["dtype"], c["way"], c["whole_trunk"]) == chosen
+                ]
+                axes.plot(
+                    [columns.index((c["n"], whole)) for c in row],
+                    [c["counted"] / 2**30 for c in row],
+                    line,
+                    color=colours[base],
+                    label=None if whole else way,
+                    ms=4,
+                    mfc="white" if recomputed else None,
+                )
+        labels = [f"{n}\nwhole" if whole else str(n) for n, whole in columns]
+        axes.set_xticks(range(len(columns)), labels)
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{shape}, {dtype}", fontsize=10)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.supxlabel("future tokens n, at equal parameters or beside a whole trunk", fontsize=10)
+    figure.supylabel("GiB above parameters and gradients", fontsize=10)
+    lines = grid.flat[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
