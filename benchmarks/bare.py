@@ -8,16 +8,14 @@ same process, interleaved.
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import ratio, seconds
 from mtp.decode.contract import Request
 from mtp.decode.loop import Decoding
 from mtp.model import Transformer, rotate
@@ -104,8 +102,8 @@ def plain_steps_against_bare(
 
     for i in range(new - 1):
         first, second = (our_step, bare_step) if i % 2 else (bare_step, our_step)
-        seconds = {first: _seconds(first), second: _seconds(second)}
-        pairs.append(seconds[bare_step] / seconds[our_step])
+        took = {first: seconds(first), second: seconds(second)}
+        pairs.append(took[bare_step] / took[our_step])
     return pairs, text == ours.completions[0].tokens
 
 
@@ -138,36 +136,3 @@ def verify_cost(model: Transformer, cached: int, repeats: int = 30) -> float:
             F.linear(model.norm(latent[:, -1:]), weight[i % len(weight)]).argmax(-1)
 
     return ratio(verify, plain, repeats, burst=8)
-
-
-def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int, burst: int = 1) -> float:
-    """Median of time(a) / time(b) over interleaved pairs of `burst` calls each, after two warm-ups
-    of each.
-    """
-    for _ in range(2):
-        a(), b()
-    pairs = []
-    for i in range(repeats):
-        first, second = (a, b) if i % 2 else (b, a)
-        times = {first: _seconds(first, burst), second: _seconds(second, burst)}
-        pairs.append(times[a] / times[b])
-    return statistics.median(pairs)
-
-
-def _seconds(call: Callable[[], object], times: int = 1) -> float:
-    started = time.perf_counter()
-    for _ in range(times):
-        call()
-    return time.perf_counter() - started
-
-
-@torch.inference_mode()
-def fastest_threads(model: Transformer, prompt: Sequence[int], new: int = 32) -> int:
-    """1, or all threads: on a busy machine two can be far slower than one. Fastest of a few."""
-    times = {}
-    for threads in sorted({1, os.cpu_count() or 1}):
-        torch.set_num_threads(threads)
-        times[threads] = min(
-            _seconds(lambda: list(bare_loop(model, prompt, new))) for _ in range(3)
-        )
-    return min(times, key=lambda threads: times[threads])

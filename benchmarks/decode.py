@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import mtp
-from benchmarks.bare import fastest_threads, plain_steps_against_bare, verify_cost
+from benchmarks.bare import bare_loop, plain_steps_against_bare, verify_cost
 from benchmarks.record import parse, record
+from benchmarks.timing import fastest_threads, spread
 from mtp.data import DataConfig, Document, iter_documents
 from mtp.decode.contract import Completion, Drafter
 from mtp.model import Transformer
@@ -90,7 +91,9 @@ def measure(
     report: Callable[[Decoded], None] = lambda done: None,
 ) -> tuple[dict[str, Any], list[Decoded]]:
     """Figures of all prompts, and the completions themselves."""
-    torch.set_num_threads(fastest_threads(model, prompts[0]))
+    with torch.inference_mode():
+        threads = fastest_threads(lambda: list(bare_loop(model, prompts[0], 32)))
+    torch.set_num_threads(threads)
     decode(model, prompts[0], replace(config, new_tokens=32, bare_tokens=32))  # warm-up
     done = []
     for prompt in prompts:
@@ -137,12 +140,6 @@ def repetition(tokens: list[int], n: int = 16) -> float:
     """
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def spread(values: list[float]) -> list[float]:
-    """First and third quartile."""
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    return [low, high]
 
 
 def main() -> None:

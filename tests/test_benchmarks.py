@@ -8,16 +8,11 @@ import pytest
 import torch
 from conftest import tiny
 
-from benchmarks.bare import (
-    bare_loop,
-    fastest_threads,
-    plain_steps_against_bare,
-    ratio,
-    verify_cost,
-)
-from benchmarks.decode import DecodeConfig, held_out_prompts, measure, repetition, spread
+from benchmarks.bare import bare_loop, plain_steps_against_bare, verify_cost
+from benchmarks.decode import DecodeConfig, held_out_prompts, measure, repetition
 from benchmarks.pictures import COLOURS, heads_page, loss_curve
 from benchmarks.record import parse, record
+from benchmarks.timing import fastest_threads, ratio, spread
 from mtp.decode.contract import Completion, Request
 from mtp.decode.loop import generate
 from mtp.documents import Document
@@ -88,9 +83,17 @@ def test_ratios_compare_two_calls_in_turns(monkeypatch):
     assert "".join(calls) == "abab" + "baab" * 2
 
 
-def test_the_number_of_threads_is_one_that_was_tried(threads):
-    torch.set_num_threads(1)
-    assert fastest_threads(tiny().float(), PROMPT, new=2) == 1
+@pytest.mark.parametrize(("one", "all_of_them", "chosen"), [(1.0, 2.0, 1), (2.0, 1.0, 3)])
+def test_the_faster_number_of_threads_is_chosen(one, all_of_them, chosen, threads, monkeypatch):
+    """Busy in every call but the last, as when something else ran meanwhile."""
+    now, busy = [0.0], iter([9.0, 9.0, 0.0] * 2)
+
+    def call():
+        now[0] += (one if torch.get_num_threads() == 1 else all_of_them) + next(busy)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert fastest_threads(call) == chosen
 
 
 # Figures.

@@ -1,0 +1,49 @@
+"""What benchmarks share about clocks on a machine that does other things too: calls take turns, and
+medians of their ratios are reported with quartiles.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def seconds(call: Callable[[], object], times: int = 1) -> float:
+    """What `times` calls take."""
+    started = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - started
+
+
+def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int, burst: int = 1) -> float:
+    """Median of time(a) / time(b) over interleaved pairs of `burst` calls each, after two warm-ups
+    of each.
+    """
+    for _ in range(2):
+        a(), b()
+    pairs = []
+    for i in range(repeats):
+        first, second = (a, b) if i % 2 else (b, a)
+        times = {first: seconds(first, burst), second: seconds(second, burst)}
+        pairs.append(times[a] / times[b])
+    return statistics.median(pairs)
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """First and third quartile."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return [low, high]
+
+
+def fastest_threads(call: Callable[[], object]) -> int:
+    """1, or all threads: on a busy machine two can be far slower than one. Fastest of three."""
+    times = {}
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        times[threads] = min(seconds(call) for _ in range(3))
+    return min(times, key=lambda threads: times[threads])
