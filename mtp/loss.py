@@ -118,7 +118,7 @@ def sequential(
     heads, whose parameters are `params`; *latents*, n inputs and identities. Gradients are made in
     forward and scaled in backward, so the result may be scaled, summed and accumulated like any
     loss. `chunk` positions are unembedded at a time; by default as many as keep a chunk of logits
-    near 2^23 numbers.
+    near 2^23 numbers, or 2^26 on an accelerator.
     """
     if len(fns) != len(targets_NBT):
         raise ValueError(f"the model has {len(fns)} heads, the loss {len(targets_NBT)} targets")
@@ -131,7 +131,7 @@ def sequential(
         tuple(fns),
         targets_NBT,
         scale_NBT,
-        chunk or max(128, 2**23 // len(weights[0])),
+        chunk or _chunk(weights[0]),
         len(inputs),
         len(weights),
     )
@@ -151,6 +151,15 @@ class _Plan(NamedTuple):
     chunk: int
     n_inputs: int
     n_weights: int
+
+
+def _chunk(weight_VD: Tensor) -> int:
+    """Positions unembedded at a time. Each chunk adds to the weight's whole gradient, which a GPU
+    does in less time than the products only above some 2,000 positions; a CPU prefers logits that
+    its caches nearly hold.
+    """
+    numbers = 2**23 if weight_VD.device.type == "cpu" else 2**26
+    return max(128, numbers // len(weight_VD))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -311,6 +311,12 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(independent, device):
     assert largest(reference) >= rows * length * vocab
 
 
+def test_chunks_suit_a_cpus_cache_and_an_accelerators_products():
+    on_cpu, elsewhere = (mtp.loss._chunk(torch.empty(2**15, 1, device=d)) for d in ("cpu", "meta"))
+    assert on_cpu * 2**15 * 4 <= 2**25  # bytes of logits
+    assert elsewhere >= 2000  # positions
+
+
 def test_future_targets_are_what_a_loop_over_positions_says():
     for seed in range(5):
         batch = packed("cpu", seed)
