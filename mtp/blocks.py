@@ -24,8 +24,8 @@ def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """torch.compile; warn and go on without where no compiler works."""
+def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> bool:
+    """torch.compile; warn and go on without (False) where no compiler works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # whatever a missing or broken tool chain raises
@@ -34,6 +34,7 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
             (str(error) or repr(error)).splitlines()[0],
         )
         torch._dynamo.reset()
-        return
+        return False
     for block in blocks:
         block.compile()
+    return True

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mtp").rglob("*.py"))
 OPTIONAL = (
-    *("hydra", "omegaconf", "sentencepiece", "datasets", "matplotlib"),
+    *("hydra", "omegaconf", "yaml", "sentencepiece", "datasets", "matplotlib"),
     *("tensorboard", "safetensors", "pyarrow"),
 )
 # A module may import what stands in the levels above its own line, the first two lines nothing.
@@ -125,8 +125,9 @@ except ImportError:
 """
 
 
-def test_every_module_imports_without_the_optional_packages():
-    script = f"OPTIONAL = {OPTIONAL}\nMODULES = {list(MODULES)}\n{BLOCKED}"
+def test_every_module_and_benchmark_imports_without_the_optional_packages():
+    names = [*MODULES, *map(name_of, (ROOT / "benchmarks").glob("*.py"))]
+    script = f"OPTIONAL = {OPTIONAL}\nMODULES = {names}\n{BLOCKED}"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Memory and speed of the paper's 300M, 1.3B and 6.7B shapes in bf16 on one data-centre GPU, in less
+# than ten minutes:
+#
+#     benchmarks/gpu.sh
+#     QUICK=1 RESULTS=/tmp benchmarks/gpu.sh     # toy sizes, anywhere, to try the script
+#
+# It needs this checkout and a Python (PYTHON, by default python3) with torch and what ships beside
+# it. Every part writes its own file, named after the GPU, into benchmarks/results/ (or RESULTS). A
+# part that fails or takes too long does not stop the next; the exit status says whether all went well.
+set -uo pipefail
+prefix=${RESULTS:+$(realpath -m "$RESULTS")/}
+[[ -z $prefix ]] || mkdir -p "$prefix"
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+gpu=$("$python" -c '
+import torch
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+print("_".join(name.lower().removeprefix("nvidia ").split()))') || exit 1
+[[ $gpu != cpu || -n ${QUICK:-} ]] || { echo "error: torch sees no CUDA device here" >&2; exit 1; }
+failed=0
+summary=""
+
+# part FILE SECONDS MODULE WORDS...: one benchmark under a time limit, its last line for the summary.
+part() {
+    local file=$1 limit=$2 started=$SECONDS status line
+    shift 2
+    printf '\n== %s: %s\n' "$file" "$*" >&2
+    line=$(timeout -k 10 "$limit" "$python" -m "$@" "name=$prefix$file" | tee /dev/stderr | tail -n 1)
+    status=$?
+    if ((status)); then
+        failed=1
+        line="failed with status $status"
+        ((status != 124)) || line="was stopped after $limit seconds"
+    fi
+    summary+=$'\n'"$file ($((SECONDS - started)) s): $line"
+}
+
+if [[ -n ${QUICK:-} ]]; then
+    part "train_memory_$gpu" 60 benchmarks.train_memory shapes=small dtypes=float32
+    part "train_speed_${gpu}_1m" 60 benchmarks.train_speed shape=1m seq_len=16 pairs=2
+else
+    speed="benchmarks.train_speed device=cuda seq_len=2048"
+    part "train_memory_$gpu" 200 benchmarks.train_memory shapes=300m,1.3b,6.7b dtypes=bfloat16
+    part "train_speed_${gpu}_300m" 100 $speed shape=300m batch_size=8 precision=bfloat16 pairs=15
+    part "train_speed_${gpu}_1.3b" 120 $speed shape=1.3b batch_size=4 precision=bfloat16 pairs=11
+    part "train_speed_${gpu}_6.7b" 160 $speed shape=6.7b batch_size=2 precision=pure_bfloat16 pairs=7
+fi
+cat <<END
+
+Summary ($gpu, $SECONDS s). Every step is forward, loss and backward; no part keeps optimizer state.
+Speed: autocast over fp32 parameters, but for 6.7B, whose parameters and gradients are bf16: in fp32
+and with AdamW's two moments they would take 108 GB.
+$summary
+END
+exit "$failed"
