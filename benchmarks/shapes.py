@@ -1,4 +1,6 @@
-"""The paper's model shapes by name, read without a YAML library: a machine may have only torch."""
+"""Model shapes by name: the paper's, read without a YAML library, since a machine may have only
+torch, and a small one.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,18 @@ from typing import Any
 from benchmarks.record import ROOT
 from mtp.model import ModelConfig
 
-SHAPES = ROOT / "configs" / "model"
+SMALL = ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=32768, max_seq_len=2048)
 
 
-def paper_shape(name: str) -> ModelConfig:
-    """`name` is that of a file in configs/model/; its lines are `key: integer` and comments."""
-    path = SHAPES / f"{name}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in SHAPES.glob("*.yaml")))
-        raise ValueError(f"shape={name!r} is unknown: allowed are {names}")
-    lines = (line.partition("#")[0] for line in path.read_text().splitlines())
+def shape(name: str) -> ModelConfig:
+    """`small`, or a file of configs/model/, whose lines are `key: integer` and comments."""
+    files = {file.stem: file for file in (ROOT / "configs" / "model").glob("*.yaml")}
+    if name == "small":
+        return SMALL
+    if name not in files:
+        allowed = ", ".join(["small", *sorted(files)])
+        raise ValueError(f"shape {name!r} is unknown: allowed are {allowed}")
+    lines = (line.partition("#")[0] for line in files[name].read_text().splitlines())
     pairs = (line.split(":") for line in lines if line.strip())
     values: dict[str, Any] = {key.strip(): int(value) for key, value in pairs}
     return ModelConfig(**values)

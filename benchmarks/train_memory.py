@@ -36,7 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.pictures import memory_panels
-from benchmarks.record import ROOT, parse, record
+from benchmarks.record import parse, record
+from benchmarks.shapes import shape
 from mtp.blocks import recompute_blocks
 from mtp.loss import MultiTokenLoss, Score, plain_batch, reference, sequential
 from mtp.model import ModelConfig, Transformer
@@ -57,7 +58,6 @@ WAYS = {
     "latents": Way(sequential, "latents", False),
     "latents+recompute": Way(sequential, "latents", True),
 }
-SMALL = ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=32768, max_seq_len=2048)
 CASES = [(1, False), (2, False), (4, False), (8, False), (8, True)]  # n, whole trunk
 # (n, whole trunk, way) -> bytes
 Peak = Callable[[int, bool, str], float]
@@ -80,19 +80,6 @@ class MemoryConfig:
                 raise ValueError(
                     f"dtypes={dtype!r} is unknown: allowed are {', '.join(PRECISIONS)}"
                 )
-
-
-def shape(name: str) -> ModelConfig:
-    """`small`, or a file of configs/model/, whose lines are all `key: number`."""
-    if name == "small":
-        return SMALL
-    files = {path.stem: path for path in (ROOT / "configs" / "model").glob("*.yaml")}
-    if name not in files:
-        allowed = ", ".join(["small", *sorted(files)])
-        raise ValueError(f"shapes={name!r} is unknown: allowed are {allowed}")
-    lines = (line.partition("#")[0].split(":") for line in files[name].read_text().splitlines())
-    given: dict[str, Any] = {line[0].strip(): int(line[1]) for line in lines if len(line) == 2}
-    return ModelConfig(**given)
 
 
 def with_heads(config: ModelConfig, n: int, whole_trunk: bool = False) -> ModelConfig:

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.record import parse, record
-from benchmarks.shapes import paper_shape
+from benchmarks.shapes import shape
 from benchmarks.timing import fastest_threads, seconds, spread
 from mtp.blocks import compile_blocks
+from mtp.hooks import peak_flops
 from mtp.loss import MultiTokenLoss, plain_batch, reference, sequential
 from mtp.model import ModelConfig, Transformer
 from mtp.run import estimate, find_device
@@ -40,8 +41,6 @@ from mtp.train import TrainConfig
 HEADS = (1, 4, 8)
 LARGE, SMALL = VOCABULARIES = (32768, 256)
 PRECISIONS = ("float32", "bfloat16", "pure_bfloat16")
-# Dense bf16 operations per second by the makers' data sheets; the first name that fits counts.
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass
@@ -66,7 +65,7 @@ class SpeedConfig:
             )
 
     def model(self, vocab: int, n: int) -> ModelConfig:
-        return replace(paper_shape(self.shape), vocab_size=vocab, n_future_tokens=n)
+        return replace(shape(self.shape), vocab_size=vocab, n_future_tokens=n)
 
 
 class Step(NamedTuple):
@@ -106,7 +105,7 @@ def prepare(config: SpeedConfig, vocab: int, device: torch.device) -> Calls:
         if config.precision == "pure_bfloat16":
             parameters.to(torch.bfloat16)
         rows = torch.randint(vocab, (config.batch_size, config.seq_len + max(HEADS)))
-    heads = [n for n in HEADS if n <= paper_shape(config.shape).n_layers]
+    heads = [n for n in HEADS if n <= shape(config.shape).n_layers]
     calls: Calls = {}
     for compiled in (False, True):
         models = [regrouped(parameters, config.model(vocab, n)) for n in heads]
@@ -206,22 +205,16 @@ def table(found: Figures) -> str:
     return "\n".join(lines)
 
 
-def peak_of(device: torch.device, precision: str) -> float | None:
-    if device.type != "cuda" or precision == "float32":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
-
-
 def main() -> None:
     config = parse(SpeedConfig, sys.argv[1:])
     device, load = find_device(config.device), os.getloadavg()[0]
     if device.type == "cpu":
         torch.set_num_threads(fastest_threads(prepare(config, SMALL, device)[Step(1)]))
+    peak = None if config.precision == "float32" else peak_flops(device)
     found: dict[int, Figures] = {}
     for vocab in VOCABULARIES:
         rounds = take_turns(prepare(config, vocab, device), config.pairs)
-        found[vocab] = figures(config, vocab, rounds, peak_of(device, config.precision))
+        found[vocab] = figures(config, vocab, rounds, peak)
         print(f"\n{config.shape}, vocabulary {vocab}\n{table(found[vocab])}", file=sys.stderr)
     compiled = summary(found, True) if Step(4, True) in rounds[0] else None
     values = summary(found, False) | {"compiled": compiled}

@@ -90,14 +90,19 @@ class Utilisation:
         rate = self.flops * m["tokens_per_second"] / world_size()
         m["memory_gib"] = _peak_memory(device) / 2**30
         m["model_tflops"] = rate / 1e12
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((x for word, x in PEAK_FLOPS.items() if word in name), None)
+        peak = peak_flops(device)
         if peak and self.precision == "bfloat16":
             m["mfu"] = rate / peak
 
 
-# Dense bfloat16 operations per second, from the makers' data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+# Dense bfloat16 operations per second by the makers' data sheets; the first name that fits counts.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a device whose data sheet is known, in dense bfloat16."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def _peak_memory(device: torch.device) -> float:

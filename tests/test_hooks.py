@@ -15,6 +15,7 @@ from mtp.hooks import (
     Utilisation,
     WeightsAndBiases,
     console,
+    peak_flops,
     read_jsonl,
 )
 from mtp.tokenizer import ByteTokenizer
@@ -100,6 +101,21 @@ def test_utilisation_is_model_operations_over_the_devices_peak(monkeypatch):
     assert found["model_tflops"] == pytest.approx(2e-3)
     assert found["mfu"] == pytest.approx(2e9 / 989e12)
     assert found["memory_gib"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(name, peak, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

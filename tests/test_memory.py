@@ -9,8 +9,8 @@ import torch
 from benchmarks import train_memory
 from benchmarks.pictures import memory_panels
 from benchmarks.record import ROOT
+from benchmarks.shapes import SMALL, shape
 from benchmarks.train_memory import (
-    SMALL,
     WAYS,
     LiveBytes,
     MemoryConfig,
@@ -18,7 +18,6 @@ from benchmarks.train_memory import (
     figures,
     measure,
     peak_bytes,
-    shape,
     table,
     with_heads,
 )
@@ -226,7 +225,7 @@ def test_the_plot_is_a_picture(cases, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"shapes": "small,7b"}, "shapes='7b' is unknown: allowed are small, 0.3b, 0.6b"),
+        ({"shapes": "small,7b"}, "shape '7b' is unknown: allowed are small, 0.3b, 0.6b"),
         ({"dtypes": "float16"}, "dtypes='float16' is unknown: allowed are float32, bfloat16"),
     ],
 )
