@@ -9,8 +9,8 @@ and the batch. So all that a step makes counts: activations, logits, temporaries
 that the sequential routine stores until backward, which are none of the ones allocated before.
 
 It is counted with fake tensors, which have shapes but no memory, over the operations of a CPU: any
-shape in seconds, and to the byte what the allocator of the CPU hands out (tests/test_memory.py),
-but for the random state that recomputed blocks keep. Where there is a GPU, its allocator's own peak
+shape in seconds, and to the byte what the allocator of the CPU hands out (tests/test_memory.py).
+Where there is a GPU, its allocator's own peak
 is measured too, for shapes that fit; its fused norms keep less than the CPU's.
 
 `shapes` are `small` and the paper's (configs/model/), each with rows of its full context. Equal

@@ -21,7 +21,10 @@ def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
     2016): a block's activations at a time, for one more forward of each.
     """
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        # Blocks draw no random numbers, so there is no state to keep.
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> bool:

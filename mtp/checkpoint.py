@@ -76,8 +76,14 @@ def save(
         temporary = decide(lambda: _reserve(folder, needed))
         for part, tensors in parts.items():
             _write_tensors(temporary, part, tensors, sharded)
-        sums = _checksums(temporary, sharded)
-        decide(lambda: _finish(temporary, folder, model, tokenizer, training, notes or {}, sums))
+        decide(lambda: _write_texts(temporary, tokenizer, training))
+        config = {
+            "format_version": FORMAT_VERSION,
+            "model": asdict(model.config),
+            "notes": {**(notes or {})},
+            "checksums": _checksums(temporary, sharded),
+        }
+        decide(lambda: _finish(temporary, folder, config))
     except OSError as error:
         raise OSError(
             f"cannot write the checkpoint {folder}: {error}. Earlier checkpoints are untouched"
@@ -119,7 +125,8 @@ def _write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor], shard
         try:
             save_shards(dict(tensors), storage_writer=writer)
         except CheckpointException as error:
-            raise OSError(str(error)) from error
+            cause, _ = next(iter(error.failures.values()))  # of one rank; the others are alike
+            raise OSError(str(cause)) from error
         return
     try:
         save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{part}.safetensors")
@@ -127,26 +134,15 @@ def _write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor], shard
         raise OSError(str(error)) from error
 
 
-def _finish(
-    temporary: Path,
-    folder: Path,
-    model: Transformer,
-    tokenizer: Tokenizer | None,
-    training: TrainingState | None,
-    notes: Mapping[str, Any],
-    checksums: Mapping[str, int],
-) -> None:
-    """Write the small files, make all durable and give the folder its name."""
+def _write_texts(folder: Path, tokenizer: Tokenizer | None, training: TrainingState | None) -> None:
     if training is not None:
-        (temporary / _TRAINING).write_text(json.dumps(training.progress, indent=1))
+        (folder / _TRAINING).write_text(json.dumps(training.progress, indent=1))
     if tokenizer is not None:
-        tokenizer.save(temporary)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "model": asdict(model.config),
-        "notes": {**notes},
-        "checksums": {**checksums},
-    }
+        tokenizer.save(folder)
+
+
+def _finish(temporary: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Make all durable and give the folder its name."""
     (temporary / _CONFIG).write_text(json.dumps(config, indent=1))
     for path in (*temporary.rglob("*"), temporary):
         _sync(path)
@@ -155,8 +151,8 @@ def _finish(
 
 
 def _checksums(folder: Path, sharded: bool) -> dict[str, int]:
-    """CRC-32 of every file of tensors. Ranks share the work on shards."""
-    files = sorted(folder.rglob("*.safetensors"))
+    """CRC-32 of every file. Ranks share the work on shards."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     mine = files[rank() :: world_size()] if sharded else files
     sums = {str(path.relative_to(folder)): _checksum(path) for path in mine}
     if not sharded:
@@ -210,38 +206,43 @@ def of_run(run_dir: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name[5:]))
 
 
+class Damaged(ValueError):
+    """A checkpoint's file is not what was written."""
+
+
 def newest_intact(run_dir: Path) -> Path:
-    """The newest checkpoint of a run whose files are what was written. Damaged ones are put aside
-    under another name, with a warning. ValueError if none is left.
+    """The newest checkpoint of a run whose files are what was written. Newer ones are put aside
+    under another name, with a warning. Damaged if none is whole: then all stay as they are.
     """
-    found = of_run(run_dir)
-    for folder, before in zip(reversed(found), [*reversed(found[:-1]), None], strict=True):
+    damaged: list[tuple[Path, Damaged]] = []
+    for folder in reversed(of_run(run_dir)):
         try:
             check(folder)
-            return folder
-        except (OSError, ValueError) as error:
-            aside = folder.rename(
-                tempfile.mkdtemp(prefix=f"{folder.name}.damaged.", dir=folder.parent)
-            )
-            log.warning("%s. Put aside as %s; going back to %s", error, aside.name, before)
-    raise ValueError(f"{run_dir} holds no checkpoint that is whole")
+        except Damaged as error:
+            damaged.append((folder, error))
+            continue
+        for broken, why in damaged:
+            aside = tempfile.mkdtemp(prefix=f"{broken.name}.damaged.", dir=broken.parent)
+            broken.rename(aside)
+            log.warning("%s. Put aside as %s; going back to %s", why, aside, folder)
+        return folder
+    first = f": {damaged[0][1]}" if damaged else ""
+    raise Damaged(f"{run_dir} holds no checkpoint that is whole{first}")
 
 
 def check(folder: Path) -> None:
-    """ValueError names a file of the checkpoint that is not what was written."""
+    """Damaged names a file of the checkpoint that is not what was written."""
     load_config(folder)
-    for name, value in json.loads((folder / _CONFIG).read_text()).get("checksums", {}).items():
+    for name, value in _read_config(folder).get("checksums", {}).items():
         if not (folder / name).is_file() or _checksum(folder / name) != value:
-            raise ValueError(f"{folder / name} is damaged: it is not what was written")
-    if (folder / _TRAINING).is_file():
-        _training_progress(folder)
+            raise Damaged(f"{folder / name} is damaged: it is not what was written")
 
 
 def tidy(run_dir: Path, keep: int | None) -> None:
     """Remove what killed saves left behind and, where `keep` says so, all but the newest."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in of_run(run_dir)[: -keep or None] if keep else []:
+    for path in of_run(run_dir)[:-keep] if keep else []:
         going = path.rename(path.with_name(f".{path.name}.going"))  # never half a checkpoint
         shutil.rmtree(going, ignore_errors=True)
 
@@ -259,11 +260,8 @@ def load(
 
 
 def load_config(folder: Path) -> ModelConfig:
-    try:
-        config = json.loads((folder / _CONFIG).read_text())
-        version, values = config["format_version"], dict(config["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _CONFIG} is no checkpoint config: {error!r}") from error
+    config = _read_config(folder)
+    version, values = config["format_version"], config["model"]
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format version {version}; this release reads {FORMAT_VERSION}"
@@ -274,12 +272,20 @@ def load_config(folder: Path) -> ModelConfig:
     return ModelConfig(**values)
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+        return config | {"format_version": config["format_version"], "model": {**config["model"]}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder / _CONFIG} is no checkpoint config: {error!r}") from error
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Into a model that is whole or sharded, from either form. ValueError names every tensor that
     is missing, surplus or misshapen.
     """
     wanted = _stored_tensors(model)
-    stored = _shapes(folder, _MODEL)
+    stored = {name: shape for name, (shape, _) in _stored(folder, _MODEL).items()}
     problems = [
         f"missing: {name} {tuple(t.shape)}" for name, t in wanted.items() if name not in stored
     ]
@@ -306,11 +312,13 @@ def load_training(where: str | Path, model: nn.Module | None = None) -> Training
         )
     params = dict(model.named_parameters()) if model is not None else {}
 
-    def empty(name: str, shape: tuple[int, ...]) -> Tensor:
+    def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         p = params.get(name.rpartition(".")[0])
-        return torch.zeros(shape) if p is None or p.shape != shape else torch.zeros_like(p.detach())
+        if p is None or p.shape != shape:
+            return torch.zeros(shape, dtype=dtype)
+        return torch.zeros_like(p.detach(), dtype=dtype)
 
-    tensors = {name: empty(name, shape) for name, shape in _shapes(folder, _OPTIMIZER).items()}
+    tensors = {name: empty(name, *kind) for name, kind in _stored(folder, _OPTIMIZER).items()}
     _fill(folder, _OPTIMIZER, tensors)
     return TrainingState(_training_progress(folder), tensors)
 
@@ -318,17 +326,19 @@ def load_training(where: str | Path, model: nn.Module | None = None) -> Training
 def gather(source: str | Path, folder: str | Path) -> Path:
     """One plain directory from a checkpoint that several processes wrote, in one process."""
     source = find(source)
-    notes = json.loads((source / _CONFIG).read_text())["notes"]
+    check(source)  # or damage would get checksums of its own
+    notes = _read_config(source)["notes"]
     training = load_training(source) if (source / _TRAINING).is_file() else None
     tokenizer = load_tokenizer(source) if (source / tokenizers.INDEX_FILE).is_file() else None
-    return save(load(source), folder, tokenizer, training, notes)
+    _, dtype = next(iter(_stored(source, _MODEL).values()))
+    return save(load(source, dtype=dtype), folder, tokenizer, training, notes)
 
 
 def _training_progress(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / _TRAINING).read_text())
     except ValueError as error:
-        raise ValueError(f"{folder / _TRAINING} is damaged: {error}") from error
+        raise Damaged(f"{folder / _TRAINING} is damaged: {error}") from error
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -339,16 +349,18 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _place(folder: Path, part: str) -> Path:
+    """The file or the folder of shards that holds a part of a checkpoint."""
     shards, file = folder / f"{part}.shards", folder / f"{part}.safetensors"
-    if shards.is_dir():
-        return shards
-    if not file.is_file():
+    for name in _read_config(folder).get("checksums", {}):
+        if name.startswith(f"{shards.name}/") and not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing from the checkpoint")
+    if not shards.is_dir() and not file.is_file():
         raise FileNotFoundError(f"{file} is missing from the checkpoint")
-    return file
+    return shards if shards.is_dir() else file
 
 
-def _shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
-    """Of all tensors in a part, by name."""
+def _stored(folder: Path, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of all tensors in a part, by name."""
     from safetensors import SafetensorError, safe_open
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -356,11 +368,16 @@ def _shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
     try:
         if place.is_dir():
             metadata: Any = HuggingFaceStorageReader(str(place)).read_metadata()
-            return {name: tuple(x.size) for name, x in metadata.state_dict_metadata.items()}
+            found = metadata.state_dict_metadata.items()
+            return {name: (tuple(x.size), x.properties.dtype) for name, x in found}
         with safe_open(place, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return {
+                name: (shape, (file.get_slice(name)[:0] if shape else file.get_tensor(name)).dtype)
+                for name, shape in shapes.items()
+            }
     except SafetensorError as error:
-        raise ValueError(f"{place} is damaged: {error}") from error
+        raise Damaged(f"{place} is damaged: {error}") from error
 
 
 @torch.no_grad()

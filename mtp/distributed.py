@@ -56,7 +56,7 @@ def from_rank_zero(call: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             box[0] = call()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others must not wait
             box[1] = error
     dist.broadcast_object_list(box)
     if box[1] is not None:
@@ -107,28 +107,32 @@ def _slurm(env: Any) -> dict[str, str]:
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": env["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0],
-        "MASTER_ADDR": first[1] + (first[2] or ""),
-        "MASTER_PORT": str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+        "LOCAL_WORLD_SIZE": re.split(r"[(,]", env["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "MASTER_ADDR": env.get("MASTER_ADDR", first[1] + (first[2] or "")),
+        "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000)),
     }
 
 
-def shard(model: Any, how: str, dtype: torch.dtype = torch.float32) -> None:
-    """Spread a `Transformer` over all ranks, in place. Weights stay in fp32, are gathered and used
-    in `dtype`; gradients are averaged in fp32.
+def shard(model: Any, how: str) -> None:
+    """Spread a `Transformer` over all ranks, in place: weights, gradients and the optimizer's state
+    in fp32, as in one process. ValueError where `how` does not fit the ranks.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     if how not in SHARDINGS:
         raise ValueError(f"sharding={how!r} is unknown: allowed are {', '.join(SHARDINGS)}")
-    world, here = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    world = world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if how == "hybrid" else world
+    if world % here:
+        raise ValueError(
+            f"sharding='hybrid' needs as many processes on every machine, but {world} are no "
+            f"multiple of the {here} on this one"
+        )
     shape = {"replicate": (world, 1), "shard": (1, world), "hybrid": (world // here, here)}[how]
-    names, device = ("replicate", "shard"), next(model.parameters()).device
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
     options: dict[str, Any] = {"mesh": mesh["shard"] if how == "shard" else mesh}
-    if dtype != torch.float32:  # casting inputs would round the rotations
-        options["mp_policy"] = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         if any(True for _ in block.parameters()):
             fully_shard(block, **options)

@@ -96,7 +96,10 @@ class Utilisation:
 
 
 # Dense bfloat16 operations per second by the makers' data sheets; the first name that fits counts.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_FLOPS = {
+    **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12},
+    **{"H200 NVL": 835e12, "H200": 989e12, "A100": 312e12},
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -113,8 +116,8 @@ def _peak_memory(device: torch.device) -> float:
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and the first SIGINT only ask for a stop. Call it to hear
-    whether one did; a second SIGINT is the usual KeyboardInterrupt.
+    """While it is entered, the first SIGTERM or SIGINT only asks for a stop. Call it to hear
+    whether one did; a SIGINT after that is the usual KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -131,8 +134,8 @@ class StopSignals:
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        log.warning("%s: stopping after this step", signal.Signals(number).name)
         self.asked = True
+        log.warning("%s: stopping after this step", signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: Any) -> None:
@@ -150,7 +153,10 @@ class WeightsAndBiases:
             raise ImportError("wandb=PROJECT needs: pip install wandb") from error
         self.run = None
         if rank() == 0:
-            self.run = wandb.init(project=project, dir=str(folder), config=config, resume="allow")
+            name = str(folder.resolve()).strip("/").replace("/", "-")[-64:]  # the same on resuming
+            self.run = wandb.init(
+                project=project, id=name, dir=str(folder), config=config, resume="allow"
+            )
 
     def __call__(self, progress: Progress) -> None:
         if self.run is not None and progress.metrics:
@@ -167,11 +173,12 @@ class TensorBoard:
             raise ImportError(
                 'tensorboard=true needs: pip install "multi-token-prediction[tensorboard]"'
             ) from error
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder)) if rank() == 0 else None
 
     def __call__(self, progress: Progress) -> None:
-        for name, value in progress.metrics.items() if rank() == 0 else ():
-            self.writer.add_scalar(name, value, progress.step)
+        if self.writer is not None:
+            for name, value in progress.metrics.items():
+                self.writer.add_scalar(name, value, progress.step)
 
 
 class Samples:
@@ -191,7 +198,7 @@ class Samples:
         self.next, self.new_tokens = first, new_tokens
 
     def __call__(self, progress: Progress) -> None:
-        if progress.seconds < self.next or rank() != 0:
+        if progress.seconds < self.next:
             return
         self.next = progress.seconds + self.every
         model: Any = progress.model

@@ -180,7 +180,8 @@ class _Stored(torch.autograd.Function):
     def forward(ctx: Any, total: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:  # type: ignore[override]
         ctx.dtype = tensor.dtype
         ctx.save_for_backward(grad)
-        return total.view_as(total)
+        ctx.mark_dirty(total)  # the same tensor, not a view of it: callers may change it in place
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -19,6 +19,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.first_bad = torch.full((), -1, dtype=torch.long, device=device)
+        self.parts = 1  # of a step: its micro-batches and the gradient
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -49,8 +50,9 @@ class Meter:
         return seconds
 
     def read(self) -> dict[str, float]:
-        """Means over ranks and steps; starts anew. ValueError says where something was not finite:
-        step, rank and micro-batch, counted from 1.
+        """Losses are means over ranks and steps, grad_norm is the last step's, times are this
+        rank's; starts anew. ValueError says where something was not finite: step and micro-batch,
+        counted from 1, and rank.
         """
         self._check_finite()
         pairs = {

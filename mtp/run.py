@@ -80,12 +80,13 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
 
 
 def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Progress | None:
+    info = log.info if rank() == 0 else log.debug
     run_dir, tokenizer = Path(config.run_dir), load_tokenizer(config.data.tokenizer)
     model_config = _fitting(config, tokenizer)
     n = model_config.n_future_tokens
     loss_fn = MultiTokenLoss(n, config.head_weights)
     expected = estimate(model_config, config.train, config.data.seq_len)
-    log.info("%s", describe(expected))
+    info("%s", describe(expected))
     if config.dry_run:
         return None
     source = from_rank_zero(lambda: _open_run_dir(config, expected["disk_bytes"]))
@@ -100,10 +101,10 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
     if source is not None:
         checkpoint.load_weights(model, source)
         state = checkpoint.load_training(source, model)
-        log.info("going on from %s", source)
+        info("going on from %s", source)
     at_start = state.progress["step"] if state else 0
     if at_start >= config.train.steps:
-        log.info("the run has done its %d steps already: nothing is left to do", at_start)
+        info("the run has done its %d steps already: nothing is left to do", at_start)
     if rank() == 0:
         checkpoint.write_text(run_dir / "run.json", json.dumps(asdict(config), indent=1))
 
@@ -113,12 +114,12 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
         )
         folder = run_dir / "checkpoints" / f"step-{progress.step:08d}"
         checkpoint.save(model, folder, tokenizer, training, notes)
+        info("saved %s", folder)
         if rank() == 0:
-            log.info("saved %s", folder)
             checkpoint.tidy(run_dir, config.train.keep_last)
 
     with StopSignals() as stop:
-        return train(
+        progress = train(
             model,
             batches,
             loss_fn,
@@ -129,10 +130,19 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
             resume=state,
             stop=stop,
         )
+    if progress.stopped:
+        info(
+            "stopped after step %d, saved; the same command goes on with resume=true", progress.step
+        )
+    return progress
 
 
 def _fitting(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model's configuration with the tokenizer's vocabulary, if rows fit it."""
+    """The model's configuration with the tokenizer's vocabulary, if rows and processes fit it."""
+    if config.train.optim.name == "muon" and world_size() > 1:
+        raise ValueError(
+            "train.optim.name='muon' needs whole matrices, which several processes share: use adamw"
+        )
     model, seq_len = replace(config.model, vocab_size=tokenizer.vocab_size), config.data.seq_len
     if seq_len > model.max_seq_len:
         raise ValueError(f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}")
@@ -222,11 +232,12 @@ def _open_run_dir(config: RunConfig, disk_bytes: float) -> Path | None:
     except OSError as error:
         raise OSError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
     checkpoint.tidy(run_dir, None)
-    free = shutil.disk_usage(run_dir).free
-    if free < disk_bytes:
+    written = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*.safetensors"))
+    free, needed = shutil.disk_usage(run_dir).free, disk_bytes - written
+    if free < needed:
         raise OSError(
-            f"run_dir={run_dir} has {free / 2**20:,.0f} MiB free, the run's checkpoints need about "
-            f"{disk_bytes / 2**20:,.0f}: save less often (train.save_every), keep fewer "
+            f"run_dir={run_dir} has {free / 2**20:,.1f} MiB free, the run's checkpoints need about "
+            f"{needed / 2**20:,.1f}: save less often (train.save_every), keep fewer "
             f"(train.keep_last) or write elsewhere"
         )
     return checkpoint.newest_intact(run_dir) if started else None
@@ -269,7 +280,7 @@ def estimate(model: ModelConfig, config: TrainConfig, seq_len: int) -> dict[str,
         "parameters": parameters,
         "memory_bytes": 16 * parameters + activations,
         "flops_per_token": per_token,
-        "flops": per_token * tokens * config.accumulation * config.steps,
+        "flops": per_token * tokens * config.accumulation * config.steps * world_size(),
         "disk_bytes": 12 * parameters * saves,
     }
 

@@ -93,7 +93,7 @@ def prepare(model: Any, config: TrainConfig) -> None:
     if config.compile:
         compile_blocks(model.blocks, next(model.parameters()).device)
     if world_size() > 1:
-        shard(model, config.sharding, PRECISIONS[config.precision])
+        shard(model, config.sharding)
 
 
 class Loss(Protocol):
@@ -173,11 +173,12 @@ def train(
         optimizer.step(lr)
         progress.step += 1
         progress.tokens += tokens * world_size()
-        seconds = meter.end_step(tokens, started, progress.step % config.log_every == 0)
+        seconds = meter.end_step(tokens, started, _is_read(progress, config))
         # Ranks end, and decay, together.
         seconds, wishes = sum_on_host([seconds / world_size(), float(stop())], device)
         progress.seconds += seconds
-        progress.stopped, progress.done = wishes > 0, _done(progress, config)
+        progress.done = _done(progress, config)
+        progress.stopped = wishes > 0 and not finished(progress, config)
         _after_step(progress, config, meter, lr, hooks, evaluate)
         if save and _due(progress, config, config.save_every):
             save(progress, optimizer)
@@ -193,12 +194,7 @@ def _after_step(
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
 ) -> None:
     """Fill progress.metrics where something is due, and call the hooks."""
-    progress.metrics = {}
-    # Also where a checkpoint follows: what it holds is finite, and a resumed log the same.
-    if progress.step == 1 or any(
-        _due(progress, config, every) for every in (config.log_every, config.save_every)
-    ):
-        progress.metrics = meter.read() | {"lr": lr}
+    progress.metrics = meter.read() | {"lr": lr} if _is_read(progress, config) else {}
     # Other shapes would compile again.
     eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
     with eager:
@@ -206,6 +202,14 @@ def _after_step(
             progress.metrics |= evaluate(progress.model)
         for hook in hooks:
             hook(progress)
+
+
+def _is_read(progress: Progress, config: TrainConfig) -> bool:
+    """Whether the step's figures are read: where they are logged, and where a checkpoint follows,
+    so that what it holds is finite and the log of a resumed run the same.
+    """
+    periods = (config.log_every, config.save_every, config.eval_every)
+    return progress.step == 1 or any(_due(progress, config, period) for period in periods)
 
 
 def _due(progress: Progress, config: TrainConfig, period: int) -> bool:
@@ -274,8 +278,9 @@ def validate(
     sizes = (n, n, n - 1, 1, 1)
     sums = torch.zeros(sum(sizes), dtype=torch.double)
     for batch in batches:
-        targets, valid = future_targets(batch.to(device), n)
-        nll_NBT, best = model(batch.row.to(device), score=_predictor(targets))
+        batch = batch.to(device)
+        targets, valid = future_targets(batch, n)
+        nll_NBT, best = model(batch.row, score=_predictor(targets))
         agree, usable = agreements(best, valid)
         found = (
             (nll_NBT * valid).sum((1, 2)),

@@ -56,6 +56,8 @@ def main(words: list[str]) -> None:
     config.train.max_seconds = max(60.0, min(config.train.max_seconds or left, left))
     progress = run(config, hooks=[BestThreads()])
     assert progress is not None
+    if progress.stopped:
+        sys.exit("the demo was stopped; `make demo` starts it anew")
     model, tokenizer = mtp.load(folder), mtp.load_tokenizer(folder)
     decoding = DecodeConfig(model=config.run_dir)
     prompts = held_out_prompts(held_out, tokenizer, decoding.prompts, decoding.prompt_tokens)

@@ -5,11 +5,10 @@ Every key of `mtp.run.RunConfig` can be set as key=value; `--cfg job` prints the
 torchrun, the same command in every process: `torchrun --nproc-per-node 8 scripts/train.py ...`.
 """
 
-import logging
+import os
 import shlex
 import sys
 
-from mtp.distributed import rank
 from mtp.run import RunConfig, run
 from scripts.cli import launch
 
@@ -17,10 +16,9 @@ from scripts.cli import launch
 def main(config: RunConfig) -> None:
     """A run that was asked to stop says how it goes on; that is no failure."""
     progress = run(config)
-    if progress is not None and progress.stopped and rank() == 0:
+    if progress is not None and progress.stopped and "RANK" not in os.environ:
         words = [word for word in sys.argv if not word.startswith("resume=")]
-        command = shlex.join(["python", *words, "resume=true"])
-        logging.getLogger("mtp").warning("stopped and saved; go on with: %s", command)
+        print("go on with:", shlex.join(["python", *words, "resume=true"]), file=sys.stderr)
 
 
 if __name__ == "__main__":

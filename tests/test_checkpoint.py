@@ -311,3 +311,17 @@ def test_saving_changes_nothing_in_the_model(tmp_path):
         checkpoint.FORMAT_VERSION
         == json.loads((tmp_path / "x/config.json").read_text())["format_version"]
     )
+
+
+def test_gathering_refuses_damage_and_keeps_types(saved, tmp_path):
+    plain = checkpoint.gather(saved, tmp_path / "plain")
+    for name in ("model", "optimizer"):
+        assert (plain / f"{name}.safetensors").read_bytes() == (
+            saved / f"{name}.safetensors"
+        ).read_bytes()
+    data = bytearray((saved / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (saved / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="model.safetensors is damaged: it is not what was"):
+        checkpoint.gather(saved, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

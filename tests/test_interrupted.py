@@ -142,14 +142,17 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(config, w
     same_end(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("damage", ["cut", "a bit", "gone", "config"])
+DAMAGED = {"config": "config.json", "progress": "training.json", "words": "tokenizer.json"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "a bit", "gone", *DAMAGED])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     damage, config, whole, tmp_path, caplog
 ):
     half = replace(config, run_dir=str(tmp_path / "run"), train=replace(config.train, steps=32))
     run(half)
     before, newest = checkpoint.of_run(tmp_path / "run")
-    file = newest / ("config.json" if damage == "config" else "optimizer.safetensors")
+    file = newest / DAMAGED.get(damage, "optimizer.safetensors")
     data = bytearray(file.read_bytes())
     if damage == "a bit":
         data[-1] ^= 1
@@ -166,8 +169,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(config, tmp_path):
     config = replace(config, run_dir=str(tmp_path / "run"), train=replace(config.train, steps=4))
     run(config)
     (checkpoint.find(tmp_path / "run") / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="run holds no checkpoint that is whole"):
+    for _ in range(2):  # nothing is renamed, so that the second time is no fresh start
+        with pytest.raises(ValueError, match="run holds no checkpoint that is whole: .*damaged"):
+            run(config)
+
+
+@pytest.mark.parametrize("trouble", ["format", "disk"])
+def test_what_is_no_damage_puts_no_checkpoint_aside(trouble, config, tmp_path, monkeypatch):
+    config = replace(config, run_dir=str(tmp_path / "run"), train=replace(config.train, steps=8))
+    run(config)
+    before = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    if trouble == "format":
+        file = checkpoint.find(tmp_path / "run") / "config.json"
+        file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    else:
+
+        def broken(path):
+            raise OSError("input/output error")
+
+        monkeypatch.setattr(checkpoint, "_checksum", broken)
+    with pytest.raises((ValueError, OSError), match="format version 2|input/output error"):
         run(config)
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
 @pytest.mark.parametrize("keep", [1, 3, None])
@@ -206,6 +229,13 @@ def test_a_run_that_is_asked_to_stop_finishes_the_step_and_saves_it(config, tmp_
     assert "val_loss_1" not in progress.metrics  # a validation may take longer than there is
 
 
+def test_a_stop_in_the_last_step_is_no_stop(config, tmp_path):
+    """What comes at the end comes all the same."""
+    config = replace(config, run_dir=str(tmp_path / "run"), train=replace(config.train, steps=4))
+    progress = run(config, hooks=[lambda p: p.step == 3 and os.kill(os.getpid(), signal.SIGTERM)])
+    assert not progress.stopped and progress.step == 4 and "val_loss_1" in progress.metrics
+
+
 def words(config):
     """The command line that gives this configuration."""
     shown = {
@@ -235,8 +265,7 @@ def test_the_command_ends_well_on_a_signal_and_tells_how_to_go_on(number, config
     child.send_signal(number)
     _, said = child.communicate()
     assert child.returncode == 0, said
-    line = said.strip().splitlines()[-1]
-    command = shlex.split(line.split("go on with: ")[1])
+    command = shlex.split(said.split("go on with: ")[1])
     assert command[:2] == ["python", "scripts/train.py"] and command[-1] == "resume=true"
     at = checkpoint.load_training(tmp_path / "run").progress["step"]
     done = subprocess.run(
@@ -251,32 +280,38 @@ def test_the_command_ends_well_on_a_signal_and_tells_how_to_go_on(number, config
 
 
 @pytest.mark.parametrize("sharding", ["replicate", "shard"])
-def test_two_processes_start_a_run_and_one_ends_it(sharding, config, whole, tmp_path):
+def test_two_processes_start_a_run_and_one_goes_on(sharding, config, tmp_path):
     """The weights are those of one process with the same global batch, up to rounding."""
     pytest.importorskip("hydra")
-    config = replace(config, run_dir=str(tmp_path / "run"))
-    half = replace(config.train, batch_size=1, steps=STEPS)
+    config = replace(config, run_dir=str(tmp_path / "run"), train=replace(config.train, steps=32))
     launcher = "torch.distributed.run --standalone --nproc-per-node 2 scripts/train.py".split()
-    given = words(replace(config, train=half))
-    stop_early = [*given, f"train.sharding={sharding}", "train.max_seconds=null"]
-    first = [w.replace(f"train.steps={STEPS}", "train.steps=32") for w in stop_early]
+    given = words(replace(config, train=replace(config.train, batch_size=1)))
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, *first],
+        [sys.executable, "-m", *launcher, *given, f"train.sharding={sharding}"],
         **{"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True},
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("saved ") == 8, "one process speaks for all"
     newest = checkpoint.find(tmp_path / "run")
     assert newest.name == "step-00000032" and (newest / "model.shards").is_dir()
-    done = done.stderr
-    assert done.count("saved ") == 8, "one process speaks for all"
-    torch.set_num_threads(1)
     model = mtp.load(tmp_path / "run")
-    # The schedule of 32 steps is another than that of 60, so the same 32 steps are the baseline.
-    alone = replace(config, run_dir=str(tmp_path / "alone"), train=replace(config.train, steps=32))
-    run(alone)
+    run(replace(config, run_dir=str(tmp_path / "alone")))
     expected = mtp.load(tmp_path / "alone")
     for name, p in expected.named_parameters():
         torch.testing.assert_close(dict(model.named_parameters())[name], p, rtol=1e-3, atol=1e-4)
-    progress = run(replace(config, resume="true"))
-    assert progress.step == STEPS
+    longer = replace(config, resume="true", train=replace(config.train, steps=40))
+    assert run(longer).step == 40
     assert (checkpoint.find(tmp_path / "run") / "model.safetensors").is_file()
+
+
+def test_muon_is_refused_for_several_processes_before_anything_is_made(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mtp.run.world_size", lambda: 2)
+    optim = OptimConfig(name="muon")
+    config = replace(
+        config, run_dir=str(tmp_path / "run"), train=replace(config.train, optim=optim)
+    )
+    with pytest.raises(ValueError, match="train.optim.name='muon' needs whole matrices"):
+        run(config)
+    assert not (tmp_path / "run").exists()

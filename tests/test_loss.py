@@ -116,6 +116,18 @@ def test_chunks_of_any_size_give_the_same(chunk, cut, device):
     assert_same(learn(model, batch, partial(sequential, chunk=chunk), cut), truth)
 
 
+@pytest.mark.parametrize("cut", ["trunk", "latents"])
+def test_the_loss_may_be_divided_in_place_and_gone_through_twice(cut, device):
+    model, batch = small("transformer", device), packed(device)
+    truth = learn(model, batch, reference, "latents")[2]
+    model.zero_grad()
+    loss, _ = run(model, batch, sequential, cut)
+    loss /= 2
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_same(gradients(model), truth)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_agree_with_checkpointed_heads(kind, device):
     """Another way to free logits: recompute head, unembedding and cross-entropy in backward."""

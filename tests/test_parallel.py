@@ -71,10 +71,10 @@ def gradients(model, wrapped, loss_fn, batch):
 # How a model is spread: name -> (model -> what is called).
 
 
-def sharded(how, model, dtype=torch.float32, recompute=False):
+def sharded(how, model, recompute=False):
     if recompute:
         recompute_blocks(model.blocks)
-    shard(model, how, dtype)
+    shard(model, how)
     return model
 
 
@@ -94,7 +94,7 @@ CASES = [
     *(("ddp", kind, "auto", "") for kind in KINDS),
     *(("ddp", "transformer", "latents", unembedding) for unembedding in OVERRIDES),
     *((wrap, kind, "auto", "") for wrap in ("replicate", "shard") for kind in KINDS),
-    *(("shard", "transformer", "auto", unembedding) for unembedding in OVERRIDES),
+    *(("shard", "transformer", "auto", unembedding) for unembedding in ("tied", "replicated")),
     ("recomputed", "transformer", "auto", ""),
     ("recomputed", "anticausal", "auto", ""),
 ]
@@ -267,12 +267,13 @@ def test_a_step_gathers_and_reduces_no_more_than_it_must(ranks):
         assert 0 < found["talk"]["allgather"] <= 12 and found["talk"]["reduce_scatter"] == 7
 
 
-def test_bfloat16_gathers_round_and_no_more(ranks):
+def test_autocast_rounds_as_it_does_in_one_process(ranks):
     model = tiny().float()
-    expected = gradients(model, model, MultiTokenLoss(N), whole_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(model, model, MultiTokenLoss(N, cut="latents"), whole_batch())
     for found in ranks[0]:
         for name, t in expected.items():
-            assert (found["bfloat16"][name] - t).norm() <= 0.05 * t.norm(), name
+            assert (found["bfloat16"][name] - t).norm() <= 2e-2 * t.norm(), name
 
 
 def test_what_sharding_makes_silently_wrong_is_refused(ranks):
@@ -338,6 +339,16 @@ def test_damage_to_one_part_is_found(ranks, tmp_path):
         checkpoint.check(copy)
 
 
+def test_a_part_that_is_missing_is_never_read_as_something_else(ranks, tmp_path):
+    """The others would look like a whole of another size, or leave a hole."""
+    for number in range(len(ranks[0])):
+        copy = shutil.copytree(ranks[1] / "saved", tmp_path / f"copy-{number}")
+        part = sorted(copy.glob("model.shards/*"))[number]
+        part.unlink()
+        with pytest.raises(FileNotFoundError, match=f"{part.name} is missing from the checkpoint"):
+            checkpoint.load(copy)
+
+
 def read(number, count, source, folder):
     """In each of `count` processes: the weights and state of a sharded model, filled from disk."""
     torch.set_num_threads(1)
@@ -367,11 +378,12 @@ def test_another_number_of_processes_reads_either_form(ranks, form, tmp_path):
     multiprocessing.spawn(read, (3, str(source), str(tmp_path)), 3)
     expected = checkpoint.load(source, dtype=torch.float64)
     state = checkpoint.load_training(source).optimizer
+    assert {t.dtype for name, t in state.items() if "exp" in name} == {torch.float64}
     for number in range(3):
         weights, found = torch.load(tmp_path / f"{number}.pt")
         assert all(torch.equal(weights[name], p) for name, p in expected.named_parameters())
         assert found.keys() == state.keys()
-        assert all(torch.equal(found[name].float(), t) for name, t in state.items())
+        assert all(torch.equal(found[name], t) for name, t in state.items())
 
 
 # One process, and who starts several.
@@ -400,6 +412,26 @@ def test_slurms_variables_become_torchs(nodes, first):
     assert {k: found[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
         **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     }
+
+
+def test_slurms_uneven_tasks_and_the_users_own_address_are_taken():
+    env = {
+        **{"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        **{"SLURM_STEP_NODELIST": "a,b", "SLURM_STEP_TASKS_PER_NODE": "2,1"},
+        **{"SLURM_JOB_ID": "1", "MASTER_ADDR": "mine", "MASTER_PORT": "7"},
+    }
+    found = _slurm(env)
+    assert found["LOCAL_WORLD_SIZE"] == "2"
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("mine", "7")
+
+
+def test_machines_with_unlike_numbers_of_processes_cannot_be_hybrid(monkeypatch):
+    monkeypatch.setattr("mtp.distributed.world_size", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="sharding='hybrid' .* but 3 are no multiple of the 2"):
+        shard(tiny(), "hybrid")
+    with pytest.raises(ValueError, match="sharding='x' is unknown: allowed are replicate, shard"):
+        shard(tiny(), "x")
 
 
 @pytest.mark.parametrize("env", [{}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}])
