@@ -10,8 +10,8 @@ that the sequential routine stores until backward, which are none of the ones al
 
 It is counted with fake tensors, which have shapes but no memory, over the operations of a CPU: any
 shape in seconds, and to the byte what the allocator of the CPU hands out (tests/test_memory.py).
-Where there is a GPU, its allocator's own peak
-is measured too, for shapes that fit; its fused norms keep less than the CPU's.
+Where there is a GPU, its allocator's own peak is measured too, for shapes that fit; its fused norms
+keep less than the CPU's.
 
 `shapes` are `small` and the paper's (configs/model/), each with rows of its full context. Equal
 parameters: the heads' blocks come out of the trunk. Whole trunk: the trunk of n = 1 beside n heads.

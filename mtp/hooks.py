@@ -116,31 +116,35 @@ def _peak_memory(device: torch.device) -> float:
 
 
 class StopSignals:
-    """While it is entered, the first SIGTERM or SIGINT only asks for a stop. Call it to hear
-    whether one did; a SIGINT after that is the usual KeyboardInterrupt.
+    """While it is entered, SIGTERM, SIGUSR2 (by custom, SLURM's notice of a time limit) and the
+    first SIGINT only ask for a stop. Call it to hear whether one did; a SIGINT after that is the
+    usual KeyboardInterrupt. In the end, whoever handled SIGTERM or SIGUSR2 before hears of it.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.heard: list[int] = []
         self.before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
-        return self.asked
+        return bool(self.heard)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # others may not
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
                 self.before[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
+        self.heard.append(number)
         log.warning("%s: stopping after this step", signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        for number in set(self.heard) - {signal.SIGINT}:
+            if callable(self.before[number]):
+                signal.raise_signal(number)
 
 
 class WeightsAndBiases:

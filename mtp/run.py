@@ -73,7 +73,7 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     """Train as configured, or say what it will take (None). What cannot work is refused before
     anything is loaded. The same call in every process where torchrun or srun started several.
 
-    SIGTERM and SIGINT end the run after the step at hand, saved: progress.stopped says so.
+    SIGTERM, SIGINT and SIGUSR2 end the run after the step at hand, saved: progress.stopped says so.
     """
     with processes(find_device(config.device)) as device:
         return _run(config, device, hooks)

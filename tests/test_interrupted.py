@@ -204,7 +204,7 @@ def test_the_newest_checkpoints_stay(keep, config, tmp_path):
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_asks_and_a_second_interrupt_insists(number):
     with StopSignals() as stop:
         assert not stop()
@@ -213,7 +213,7 @@ def test_a_signal_asks_and_a_second_interrupt_insists(number):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
 
 
 def test_a_run_that_is_asked_to_stop_finishes_the_step_and_saves_it(config, tmp_path):
@@ -266,7 +266,7 @@ def test_the_command_ends_well_on_a_signal_and_tells_how_to_go_on(number, config
     _, said = child.communicate()
     assert child.returncode == 0, said
     command = shlex.split(said.split("go on with: ")[1])
-    assert command[:2] == ["python", "scripts/train.py"] and command[-1] == "resume=true"
+    assert command[:2] == ["python", "scripts/train.py"] and command[-1] == "resume=auto"
     at = checkpoint.load_training(tmp_path / "run").progress["step"]
     done = subprocess.run(
         [sys.executable, *command[1:], f"train.steps={at + 4}"],

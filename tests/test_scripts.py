@@ -167,6 +167,54 @@ def test_a_trained_tokenizer_can_be_trained_with(texts, command, tmp_path):
     assert mtp.load(tmp_path / "run").config.vocab_size == 300
 
 
+# Sweeps.
+
+
+def sweep(texts, folder, *words):
+    return ["-m", *SMALL, *texts, f"run_dir={folder}", "train.steps=2", *words]
+
+
+def test_a_sweep_leaves_a_run_per_job_named_after_what_differs(texts, tmp_path):
+    words = sweep(texts, tmp_path / "sweep", "train.optim.lr=1e-3,3e-3", "model.head=linear")
+    done = shell("train", *words)
+    assert done.returncode == 0, done.stderr
+    runs = {path.name: path for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
+    assert set(runs) == {"train.optim.lr=0.001", "train.optim.lr=0.003"}
+    for name, path in runs.items():
+        kept = json.loads((path / "run.json").read_text())
+        assert kept["train"]["optim"]["lr"] == float(name.partition("=")[2])
+        assert kept["run_dir"] == str(path) and kept["model"]["head"] == "linear"
+        assert mtp.load(path).config.head == "linear"
+
+
+def test_a_sweep_goes_on_with_more_jobs_and_leaves_those_that_are_done(texts, command, tmp_path):
+    command("train", *sweep(texts, tmp_path, "train.optim.lr=1e-3,3e-3"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    more = ["train.optim.lr=1e-3,3e-3,1e-2", "resume=auto", "train.log_every=2"]
+    command("train", *sweep(texts, tmp_path, *more))
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    assert len(before) == 2 and len(after) == 3 and before.items() <= after.items()
+
+
+def test_one_job_is_no_folder_of_its_own(texts, command, tmp_path):
+    command("train", *sweep(texts, tmp_path, "train.optim.lr=1e-3"))
+    assert mtp.load(tmp_path).config.dim == 16
+
+
+def test_jobs_that_fail_are_named_and_do_not_keep_others_from_running(
+    texts, command, tmp_path, capsys
+):
+    words = sweep(texts, tmp_path, "train.optim.lr=1e12,1e-3,0")
+    with pytest.raises(SystemExit) as caught:
+        command("train", *words)
+    assert "not finite" in str(caught.value.code)
+    said = capsys.readouterr().err
+    assert "error in job train.optim.lr=1000000000000.0: step " in said
+    assert "error in job train.optim.lr=0: optim.lr=0.0 must be above 0" in said
+    assert "Traceback" not in said
+    assert mtp.load(tmp_path / "train.optim.lr=0.001").config.dim == 16
+
+
 # Mistakes: (script, words, what the message has to say).
 
 
