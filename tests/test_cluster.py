@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from mtp.hooks import read_jsonl
+from mtp.train import Progress
 
 hydra = pytest.importorskip("hydra")
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -53,7 +55,7 @@ while [[ $1 == --* ]]; do [[ $1 == --unbuffered ]] && shift || shift 2; done
 "$@" &
 if [ ! -e announced ]; then
     touch announced
-    until ls run/checkpoints/step-* > /dev/null 2>&1; do sleep 0.01; done
+    while ! ls run/checkpoints/step-* && kill -0 $!; do sleep 0.01; done > /dev/null 2>&1
     kill -USR2 $!
 fi
 wait $!
@@ -98,3 +100,16 @@ def test_a_job_that_is_told_of_its_end_saves_is_queued_again_and_goes_on(slurm):
     assert re.findall(r"going on from run/checkpoints/step-(\d+)", said) == saved[-1:]
     steps = [line["step"] for line in read_jsonl(slurm / "run" / "metrics.jsonl")]
     assert steps == list(range(1, 401))
+
+
+def test_a_job_that_is_pre_empted_does_not_end_by_itself(monkeypatch):
+    """SLURM takes one that ended for done, and does not start it again."""
+    from scripts import train
+
+    waited = []
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setattr(train, "run", lambda config: Progress(nn.Identity(), stopped=True))
+    monkeypatch.setattr(train.time, "sleep", waited.append)
+    with pytest.raises(SystemExit):
+        train.main(RunConfig())
+    assert waited and min(waited) >= 600

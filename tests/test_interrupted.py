@@ -216,6 +216,23 @@ def test_a_signal_asks_and_a_second_interrupt_insists(number):
     assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_who_handled_a_signal_before_hears_of_it_when_the_run_is_saved(number, config, tmp_path):
+    """A cluster's job manager, say, which then puts the job back into its queue."""
+    saved = []
+
+    def handler(*_):
+        saved.append(checkpoint.find(tmp_path / "run").name)
+
+    before = signal.signal(number, handler)
+    try:
+        config = replace(config, run_dir=str(tmp_path / "run"))
+        run(config, hooks=[lambda p: p.step == 7 and os.kill(os.getpid(), number)])
+        assert saved == ["step-00000008"] and signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_run_that_is_asked_to_stop_finishes_the_step_and_saves_it(config, tmp_path):
     config = replace(config, run_dir=str(tmp_path / "run"))
 
@@ -274,6 +291,23 @@ def test_the_command_ends_well_on_a_signal_and_tells_how_to_go_on(number, config
     )
     assert done.returncode == 0, done.stderr
     assert checkpoint.load_training(tmp_path / "run").progress["step"] == at + 4
+
+
+def test_a_signal_ends_a_sweep_and_the_command_goes_on_with_all_of_it(config, tmp_path):
+    pytest.importorskip("hydra")
+    long = replace(config, run_dir=str(tmp_path), train=replace(config.train, steps=3000))
+    child = subprocess.Popen(
+        [sys.executable, "scripts/train.py", "-m", *words(long), "train.seed=1,2"],
+        **{"cwd": ROOT, "env": ENVIRONMENT, "stderr": subprocess.PIPE, "text": True},
+    )
+    while not checkpoint.of_run(tmp_path / "train.seed=1") and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate()
+    assert child.returncode == 0, said
+    assert not (tmp_path / "train.seed=2").exists()
+    command = shlex.split(said.strip().splitlines()[-1].split("go on with: ")[1])
+    assert command[2] == "-m" and command[-2:] == ["train.seed=1,2", "resume=auto"]
 
 
 # Several processes, from the command line.
