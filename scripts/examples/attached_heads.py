@@ -17,7 +17,7 @@ class AttachedHeads(nn.Module):
     what the model does: residual head 1 is the model itself, the others start as copies of it.
 
     Nothing but the unembedding's matrix may stand between trunk and logits, as in Llama, Mistral
-    or Qwen: no bias, scaling or capping.
+    or Qwen: no bias, scaling or capping. Under FSDP2 the unembedding belongs to the outermost unit.
     """
 
     def __init__(self, causal_lm: Any, n_future_tokens: int, head: str = "residual") -> None:
