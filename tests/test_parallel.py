@@ -98,7 +98,7 @@ CASES = [
     ("recomputed", "transformer", "auto", ""),
     ("recomputed", "anticausal", "auto", ""),
 ]
-CASES_OF = {2: CASES, 4: [("hybrid", kind, "auto", "") for kind in ("transformer", "causal")]}
+CASES_OF = {2: CASES, 4: [("hybrid", kind, "auto", "") for kind in KINDS]}
 
 
 class Once:
