@@ -146,7 +146,7 @@ def in_words(f: dict[str, Any]) -> str:
 
 
 def table(s: dict[str, Any]) -> str:
-    low, high = s["speedup_iqr"]
+    low, high = s["speedup_of_prompts_iqr"]
     rows = {
         "parameters": f"{s['params'] / 1e6:.2f} M",
         "trained on": f"{s['train_tokens'] / 1e6:.2f} MB in {s['train_seconds']:.0f} s",
@@ -159,7 +159,7 @@ def table(s: dict[str, Any]) -> str:
         ),
         "accepted at each depth": " ".join(f"{a:.2f}" for a in s["acceptance"]),
         "cost of a verifying step, in plain steps": f"{s['verify_cost']:.2f}",
-        "speedup, median over prompts": f"{s['speedup']:.2f} (quartiles {low:.2f}, {high:.2f})",
+        "speedup": f"{s['speedup']:.2f} (quartiles of prompts {low:.2f}, {high:.2f})",
         "our plain decoding / the plainest loop": f"{s['ar_over_bare_loop']:.2f}",
         "text identical": str(s["identical"]),
         "all in all": f"{s['total_seconds']:.0f} s",
