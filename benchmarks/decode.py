@@ -41,6 +41,7 @@ class DecodeConfig:
     new_tokens: int = 256
     bare_tokens: int = 64  # of the greedy comparison with the plainest loop
     temperature: float = 0.5
+    rounds: int = 3  # of plain and drafted decoding
 
 
 @dataclass
@@ -72,14 +73,17 @@ def held_out_prompts(
 
 
 def decode(model: Transformer, prompt: list[int], config: DecodeConfig) -> Decoded:
-    def timed(drafter: Drafter | None) -> tuple[Completion, float]:
+    def timed(drafter: Drafter | None) -> tuple[float, Completion]:
         request, sampling = mtp.Request(prompt, config.new_tokens), mtp.Sampling(config.temperature)
         started = time.perf_counter()
         completion = mtp.generate(model, [request], drafter, sampling)[0]
-        return completion, time.perf_counter() - started
+        return time.perf_counter() - started, completion
 
-    plain, plain_seconds = timed(None)
-    drafted, drafted_seconds = timed(mtp.OwnHeads())
+    # In turns, each one's faster: what ran just before leaves the caches to the next of its kind.
+    turns = [(timed(None), timed(mtp.OwnHeads())) for _ in range(config.rounds)]
+    (plain_seconds, plain), (drafted_seconds, drafted) = (
+        min(of_one, key=lambda turn: turn[0]) for of_one in zip(*turns, strict=True)
+    )
     pairs, same = plain_steps_against_bare(model, prompt, config.bare_tokens)
     same = same and plain.tokens == drafted.tokens
     return Decoded(prompt, plain, drafted, same, plain_seconds, drafted_seconds, pairs)
