@@ -149,6 +149,11 @@ class Cache:
         for x in (self.k, self.v):
             x[:, row, :length] = x[:, source, :length]
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy what lies in flat slots (row * slots + slot) `source` to `target`, all at once."""
+        for x in (self.k.flatten(1, 2), self.v.flatten(1, 2)):
+            x[:, target] = x[:, source]
+
 
 class Rotary:
     """cos and signed sin of every position, one table (positions, 2, 1, d). A plain object, so that

@@ -55,8 +55,8 @@ def naive(model, request, sampling):
     device = model.embedding.weight.device
     while len(new) < request.max_new_tokens:
         logits = model(torch.tensor([text], device=device))[:, -1:]
-        noise = sampling.noise(Place([request.seed], [len(text)]), logits, 1, TARGET)
-        new.append(int(sampling.choose(logits, noise)))
+        noise = sampling.noise(Place([request.seed], [len(text)], 1), logits, TARGET)
+        new.append(int(sampling.scores(logits, noise).argmax()))
         text.append(new[-1])
         if request.stop and request.stop(new):
             break
@@ -82,10 +82,14 @@ class Oracle:
     needs_memo = False
 
     def __init__(self, requests, truth, depth=3, spoil=lambda token: token):
-        self.depth, self.spoil = depth, spoil
+        self.depth = self.nodes = depth
+        self.spoil = spoil
         self.known = {r.seed: [*r.prompt, *new] for r, new in zip(requests, truth, strict=True)}
 
-    def begin(self, model, rows, slots):
+    def attach(self, model):
+        pass
+
+    def begin(self, rows, slots):
         pass
 
     def admit(self, state, row, source):
@@ -116,11 +120,14 @@ class Skipping:
     def __init__(self, inner, plan=(3, 0, 0, 1, 2, 0, 3, 1, 0, 0, 0, 2)):
         self.inner, self.plan = inner, itertools.cycle(plan)
 
-    def begin(self, model, rows, slots):
-        self.inner.begin(model, rows, slots)
-        self.depth = self.inner.depth
+    def attach(self, model):
+        self.inner.attach(model)
+        self.depth, self.nodes = self.inner.depth, self.inner.nodes
 
-    depth = 0
+    def begin(self, rows, slots):
+        self.inner.begin(rows, slots)
+
+    depth = nodes = 0
 
     def admit(self, state, row, source):
         self.inner.admit(state, row, source)
@@ -130,12 +137,51 @@ class Skipping:
         return self.inner.propose(state, k) if k else Draft(state.text[:, :0])
 
 
+class Forest(Oracle):
+    """Random trees, another one for each row and step, that hold some of what is to come."""
+
+    def __init__(self, requests, truth, depth=4, nodes=9, right=0.7):
+        super().__init__(requests, truth, depth)
+        self.nodes, self.right = nodes, right
+        self.random = torch.Generator().manual_seed(0)
+
+    def propose(self, state, k):
+        def below(n):
+            return int(torch.randint(n, (), generator=self.random))
+
+        tokens, parents = [], []
+        for seed, length in zip(state.seed, state.length, strict=True):
+            coming, depths, row, parent = self.known.get(seed, [])[length + 1 :], [], [], []
+            for node in range(self.nodes):
+                above = below(node + 1) - 1
+                if above >= 0 and depths[above] == k:
+                    above = -1
+                depths.append(depths[above] + 1 if above >= 0 else 1)
+                good = torch.rand((), generator=self.random) < self.right
+                row.append(
+                    coming[depths[-1] - 1]
+                    if good and depths[-1] <= len(coming)
+                    else below(VOCAB + 1) - 1
+                )
+                parent.append(above)
+            tokens.append(row)
+            parents.append(parent)
+        device = state.text.device
+        return Draft(
+            torch.tensor(tokens, device=device), parents=torch.tensor(parents, device=device)
+        )
+
+
 DRAFTERS = {  # name -> (requests, their true texts) -> drafter
     "none": lambda requests, truth: NoDraft(),
     "heads": lambda requests, truth: OwnHeads(),
     "one head": lambda requests, truth: OwnHeads(1),
     "two heads": lambda requests, truth: OwnHeads(2),
     "skipping": lambda requests, truth: Skipping(OwnHeads()),
+    "tree": lambda requests, truth: OwnHeads(tree=7),
+    "small tree": lambda requests, truth: OwnHeads(2, tree=2),
+    "skipping tree": lambda requests, truth: Skipping(OwnHeads(tree=7)),
+    "forest": lambda requests, truth: Forest(requests, truth),
     "oracle": lambda requests, truth: Oracle(requests, truth, 5),
     "hopeless": lambda requests, truth: Oracle(requests, truth, 3, wrong),
     "half right": lambda requests, truth: Oracle(requests, truth, 4, sometimes(wrong)),
@@ -197,19 +243,25 @@ class Compared:
 
     def __init__(self, lead, fresh, plan=(1, 1, 0, 0, 0, 1, 0, 1)):
         self.lead, self.fresh, self.inner = lead, fresh, fresh()
-        self.depth, self.plan, self.compared = lead.depth, itertools.cycle(plan), 0
+        self.depth = self.nodes = lead.depth
+        self.plan, self.compared = itertools.cycle(plan), 0
 
-    def begin(self, model, rows, slots):
-        self.begin_with = (model, rows, slots)
-        self.inner.begin(*self.begin_with)
+    def attach(self, model):
+        self.model = model
+        self.inner.attach(model)
+
+    def begin(self, rows, slots):
+        self.sizes = rows, slots
+        self.inner.begin(rows, slots)
 
     def admit(self, state, row, source):
         self.inner.admit(state, row, source)
 
     def propose(self, state, k):
         if next(self.plan):
-            shown, fresh = replace(state, draw=lambda logits: logits), self.fresh()
-            fresh.begin(*self.begin_with)
+            shown, fresh = replace(state, draw=lambda logits, ahead=0: logits), self.fresh()
+            fresh.attach(self.model)
+            fresh.begin(*self.sizes)
             wanted = fresh.propose(shown, fresh.depth)
             got = self.inner.propose(shown, self.inner.depth)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
@@ -246,7 +298,9 @@ def test_guesses_are_those_of_the_models_plain_forward(kind, device):
 
     class Watched(OwnHeads):
         def propose(self, state, k):
-            logits = super().propose(replace(state, draw=lambda logits: logits), self.depth)
+            logits = super().propose(
+                replace(state, draw=lambda logits, ahead=0: logits), self.depth
+            )
             for text, length, got in zip(state.text, state.length, logits, strict=True):
                 heads = model(text[None, :length], return_all_heads=True)
                 torch.testing.assert_close(got, heads[0, -1, 1:], rtol=0, atol=1e-9)
@@ -475,7 +529,7 @@ def test_impossible_requests_are_refused_by_number(request_, words, device):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"rule": "hope"}, "rule='hope' is unknown: allowed are match, exact"),
+        ({"rule": "hope"}, "rule='hope' is unknown: allowed are match, exact, block"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"drafter": OwnHeads(4)}, "depth=4 exceeds the model's 3 extra heads"),
     ],

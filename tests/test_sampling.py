@@ -8,7 +8,7 @@ from conftest import p_value
 
 import mtp.decode.sampling
 from mtp.decode.contract import Draft, Place
-from mtp.decode.sampling import ACCEPT, GUESS, RULES, TARGET, Exact, Match, Sampling, uniform
+from mtp.decode.sampling import ACCEPT, GUESS, RULES, TARGET, Match, Sampling, uniform
 
 # Statistical tests have fixed seeds, so they always pass or always fail. FALSE_ALARM is how often
 # a correct library would fail one of them if its seeds or hash were chosen anew.
@@ -23,40 +23,40 @@ def normal(*shape, device, seed=0):
 
 def chosen(sampling, logits, seed, first):
     """What the target itself chooses, with noise of its own."""
-    noise = sampling.noise(Place(seed, first), logits, logits.shape[1], TARGET)
-    return sampling.choose(logits, noise)
+    noise = sampling.noise(Place(seed, first, logits.shape[1]), logits, TARGET)
+    return sampling.scores(logits, noise).argmax(-1)
 
 
 def test_noise_belongs_to_the_position_whoever_asks(device):
-    whole = uniform(Place([7], [5]), 4, 9, TARGET, device)
+    whole = uniform(Place([7], [5], 4), 9, TARGET, device)
     for i in range(4):
-        alone = uniform(Place([3, 7], [100, 5 + i]), 1, 9, TARGET, device)
+        alone = uniform(Place([3, 7], [100, 5 + i], 1), 9, TARGET, device)
         assert torch.equal(alone[1, 0], whole[0, i])
 
 
 def test_noise_of_a_token_does_not_depend_on_the_size_of_the_vocabulary(device):
-    small, large = (uniform(Place([7], [5]), 2, width, TARGET, device) for width in (3, 9))
+    small, large = (uniform(Place([7], [5], 2), width, TARGET, device) for width in (3, 9))
     assert torch.equal(small, large[..., :3])
 
 
 @pytest.mark.parametrize("other", [(8, 5, TARGET), (7, 6, TARGET), (7, 5, GUESS), (7, 5, ACCEPT)])
 def test_noise_differs_between_seeds_positions_and_purposes(other, device):
     seed, position, purpose = other
-    first = uniform(Place([7], [5]), 1, 9, TARGET, device)
-    second = uniform(Place([seed], [position]), 1, 9, purpose, device)
+    first = uniform(Place([7], [5], 1), 9, TARGET, device)
+    second = uniform(Place([seed], [position], 1), 9, purpose, device)
     assert not (first == second).any()
 
 
 def test_noise_never_reaches_zero_or_one(monkeypatch):
     for bits in (0, -1):
         monkeypatch.setattr(mtp.decode.sampling, "_mix", lambda x, bits=bits: x * 0 + bits)
-        assert 0 < uniform(Place([1], [0]), 1, 1, TARGET) < 1
+        assert 0 < uniform(Place([1], [0], 1), 1, TARGET) < 1
 
 
 def many_numbers(device):
     """Noise of all combinations, (seed, position, token, purpose)."""
-    place = Place(range(30), [0] * 30)
-    return torch.stack([uniform(place, 40, 20, purpose, device) for purpose in range(3)], -1)
+    place = Place(range(30), [0] * 30, 40)
+    return torch.stack([uniform(place, 20, purpose, device) for purpose in range(3)], -1)
 
 
 def test_noise_is_uniform(device):
@@ -134,7 +134,7 @@ def test_chosen_tokens_follow_the_law(sampling, device):
 
 def verdicts(rule, target, draft_logits, device):
     """One step for DRAWS seeds: target (1 + K, V), draft_logits (K, V) -> guesses, verdict."""
-    place = Place(range(DRAWS), [3] * DRAWS)
+    place = Place(range(DRAWS), [3] * DRAWS, len(target))
     draft = rule.draw(draft_logits.expand(DRAWS, *draft_logits.shape), place)
     return draft, rule(target.expand(DRAWS, *target.shape), draft, place)
 
@@ -176,7 +176,7 @@ def test_exact_accepts_guesses_at_the_rate_of_the_theorem(sampling, device):
     target, guess = normal(2, 6, device=device), normal(1, 6, device=device, seed=9)
     p, q = sampling.probs(target[0]), sampling.probs(guess[0])
     rate = float(torch.minimum(p, q).sum())
-    _, verdict = verdicts(Exact(sampling), target, guess, device)
+    _, verdict = verdicts(RULES["exact"](sampling), target, guess, device)
     tolerance = 4 * (rate * (1 - rate) / DRAWS) ** 0.5
     assert float(verdict.accepted.double().mean()) == pytest.approx(rate, abs=tolerance)
 
@@ -194,27 +194,28 @@ def test_exact_rule_in_closed_form_is_the_targets_law(seed, device, monkeypatch)
     p, q = sampling.probs(target[0]), sampling.probs(guess[0])
     points = (torch.arange(grid, device=device).double() + 0.5) / grid
 
-    def stratified(place, count, width, purpose, device):
-        return points.view(grid, 1, 1).expand(grid, count, width)
+    def stratified(place, width, purpose, device):
+        return points.view(grid, 1, 1).expand(grid, place.count, width)
 
     monkeypatch.setattr(mtp.decode.sampling, "uniform", stratified)
     stands = torch.zeros_like(p)
     for x in range(V):
         draft = Draft(torch.full((grid, 1), x, device=device), q.expand(grid, 1, V))
-        place = Place([0] * grid, [0] * grid)
-        verdict = Exact(sampling)(target.expand(grid, 2, V), draft, place)
+        place = Place([0] * grid, [0] * grid, 2)
+        verdict = RULES["exact"](sampling)(target.expand(grid, 2, V), draft, place)
         stands[x] = verdict.accepted.double().mean()
     residual = (p - q).clamp(min=0)
     law = q * stands + (1 - (q * stands).sum()) * residual / residual.sum()
     torch.testing.assert_close(law, p, rtol=0, atol=2 / grid)
 
 
+@pytest.mark.parametrize("rule", ["exact", "block"])
 @pytest.mark.parametrize("guess", [-1, 2])
-def test_exact_keeps_the_law_for_guesses_that_were_not_drawn(guess, device):
+def test_law_is_kept_for_guesses_that_were_not_drawn(guess, rule, device):
     sampling, target = Sampling(1.0), normal(2, 6, device=device)
     draft = Draft(torch.full((DRAWS, 1), guess, device=device))
-    place = Place(range(DRAWS), [3] * DRAWS)
-    verdict = Exact(sampling)(target.expand(DRAWS, 2, 6), draft, place)
+    place = Place(range(DRAWS), [3] * DRAWS, 2)
+    verdict = RULES[rule](sampling)(target.expand(DRAWS, 2, 6), draft, place)
     counts = emitted(draft, verdict).bincount(minlength=6)
     assert p_value(counts.cpu(), sampling.probs(target[0]).cpu()) > FALSE_ALARM
 
@@ -234,7 +235,7 @@ def test_greedy_guesses_stand_up_to_the_first_that_is_not_the_argmax(rule, devic
     best = logits.argmax(-1)[0].tolist()
     rows = list(itertools.product(*([best[i], (best[i] + 1) % 5, -1] for i in range(3))))
     draft = Draft(torch.tensor(rows, device=device))
-    place = Place([0] * len(rows), [0] * len(rows))
+    place = Place([0] * len(rows), [0] * len(rows), 4)
     verdict = RULES[rule](Sampling())(logits.expand(len(rows), 4, 5), draft, place)
     wanted = [next((i for i in range(3) if row[i] != best[i]), 3) for row in rows]
     assert verdict.accepted.tolist() == wanted
@@ -246,7 +247,7 @@ def test_match_lets_the_target_choose_every_token(sampling, device):
     logits, rows = normal(40, 4, 3, device=device), 40
     tokens = torch.randint(3, (rows, 3), generator=torch.Generator().manual_seed(0)).to(device)
     choice = chosen(sampling, logits, range(rows), range(rows))
-    verdict = Match(sampling)(logits, Draft(tokens), Place(range(rows), range(rows)))
+    verdict = Match(sampling)(logits, Draft(tokens), Place(range(rows), range(rows), 4))
     for b in range(rows):
         accepted = next((i for i in range(3) if tokens[b, i] != choice[b, i]), 3)
         assert verdict.accepted[b] == accepted
@@ -257,7 +258,7 @@ def test_match_lets_the_target_choose_every_token(sampling, device):
 def test_a_draft_of_nothing_leaves_the_target_alone(rule, device):
     sampling, logits = Sampling(1.0), normal(8, 1, 6, device=device)
     nothing = Draft(torch.zeros(8, 0, dtype=torch.long, device=device))
-    verdict = RULES[rule](sampling)(logits, nothing, Place(range(8), [4] * 8))
+    verdict = RULES[rule](sampling)(logits, nothing, Place(range(8), [4] * 8, 1))
     assert not verdict.accepted.any()
     assert torch.equal(verdict.next, chosen(sampling, logits, range(8), [4] * 8)[:, 0])
 
@@ -267,10 +268,11 @@ def test_match_draws_with_the_noise_of_each_place_whoever_was_there_before(devic
     sampling, logits = Sampling(1.0), normal(2, 3, 6, device=device)
     rule = Match(sampling)
     for seed, first in [((1, 2), (5, 9)), ((1, 3), (5, 9)), ((1, 3), (6, 9)), ((1, 2), (5, 9))]:
-        draft = rule.draw(logits, Place(seed, first))
+        place = Place(seed, first, 4)
+        draft = rule.draw(logits, place)
         assert torch.equal(draft.tokens, chosen(sampling, logits, seed, first))
         judged = torch.cat([logits, logits[:, :1]], 1)
-        verdict = rule(judged, draft, Place(seed, first))
+        verdict = rule(judged, draft, place)
         assert verdict.accepted.tolist() == [3, 3]
         assert torch.equal(verdict.next, chosen(sampling, judged, seed, first)[:, -1])
 

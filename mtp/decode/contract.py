@@ -4,6 +4,9 @@ A decoding *slot* is a place in a key/value cache; a *position* is a place in th
 T new columns to R neighbouring rows of the batch: `Layout` says where they go and what they may
 see.
 
+A draft is a chain of guesses or a tree of them. Column 0 of a step is the pending token, column
+1 + i the i-th guess; guesses lie in the cache by column until those that stand are moved together.
+
 Letters: B rows of the batch, R rows of a pass, T new columns, S slots, K drafted tokens, V
 vocabulary, D width of the memo.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,14 +70,52 @@ def chain(first_row: int, starts: Sequence[int], columns: int, slots: int, like:
     return Layout(rows, where, positions, mask.masked_fill_(seen, 0.0), span)
 
 
+def tree(starts: Sequence[int], lineage: Tensor, slots: int, like: Tensor) -> Layout:
+    """The columns of a step's draft tree, for all rows: each sees its row's text and its lineage
+    (B, T, T), see `Draft.lineage`. Its slot follows its column, its position its depth.
+    """
+    B, T, _ = lineage.shape
+    span = max(starts) + T
+    start = torch.tensor(starts, device=like.device)[:, None]
+    at = start + torch.arange(T, device=like.device)
+    where = at + torch.arange(B, device=like.device)[:, None] * slots
+    positions = start + lineage.sum(-1) - 1
+    seen = (torch.arange(span, device=like.device) < start)[:, None].repeat(1, T, 1)
+    seen.scatter_(2, at[:, None].expand(B, T, T), lineage)
+    mask = torch.full(seen.shape, float("-inf"), dtype=like.dtype, device=like.device)
+    mask = mask.masked_fill_(seen, 0.0)[:, None]
+    return Layout(slice(0, B), where.flatten(), positions, mask, span)
+
+
 @dataclass
 class Draft:
-    """tokens (B, K): a chain of guesses after the pending token. probs (B, K, V): the law each was
-    drawn from; None: not drawn.
+    """Guesses after the pending token. tokens (B, K); -1: nothing is offered there.
+
+    probs (B, K, V): the law each was drawn from; None: not drawn. parents (B, K): the guess that
+    each follows, by number, always an earlier one, or -1 for the pending token; None: a chain.
     """
 
     tokens: Tensor
     probs: Tensor | None = None
+    parents: Tensor | None = None
+
+    @cached_property
+    def lineage(self) -> Tensor:
+        """(B, 1 + K, 1 + K): whether column j is column i or one of its ancestors, for a tree.
+
+        >>> Draft(torch.tensor([[5, 6, 7]]), parents=torch.tensor([[-1, -1, 1]])).lineage.long()
+        tensor([[[1, 0, 0, 0],
+                 [1, 1, 0, 0],
+                 [1, 0, 1, 0],
+                 [1, 0, 1, 1]]])
+        """
+        assert self.parents is not None
+        T = self.parents.shape[1] + 1
+        step = torch.eye(T, device=self.parents.device).repeat(len(self.parents), 1, 1)
+        step[:, 1:].scatter_(2, self.parents[:, :, None] + 1, 1.0)
+        for _ in range((T - 1).bit_length()):  # each doubles how far it reaches
+            step = (step @ step).clamp_(max=1.0)
+        return step.bool()
 
 
 @dataclass
@@ -82,15 +124,19 @@ class State:
 
     text (B, S): `text[b, :length[b]]` is in the target's cache, `text[b, length[b]]` is decided but
     not yet read. memo (B, S, D): what the target left for its own heads, for positions < length;
-    None unless the drafter asks. draw(logits (B, K, V)) -> Draft: guesses for the K places after
-    the pending token, drawn as the acceptance rule wants them.
+    None unless the drafter asks.
+
+    draw(logits (B, K, V), ahead=0) -> Draft: guesses for K places, the first of which lies `ahead`
+    beyond the first one after the pending token, drawn as the acceptance rule wants them.
+    scores(logits, ahead=0) -> (B, K, V): what such a guess has most of; for trees of the best few.
     """
 
     text: Tensor
     length: list[int]
     seed: list[int]
     memo: Tensor | None
-    draw: Callable[[Tensor], Draft]
+    draw: Callable[..., Draft]
+    scores: Callable[..., Tensor]
 
 
 class Drafter(Protocol):
@@ -98,26 +144,34 @@ class Drafter(Protocol):
     it.
     """
 
-    depth: int  # most tokens per step
+    depth: int  # most tokens that one step can accept
+    nodes: int  # most tokens that it offers: more than depth in a tree
     needs_memo: bool
 
-    def begin(self, model: Any, rows: int, slots: int) -> None: ...
+    def attach(self, model: Any) -> None:
+        """Settle depth and nodes for this target; ValueError where it cannot be drafted for."""
+
+    def begin(self, rows: int, slots: int) -> None:
+        """Make caches of `slots` slots per row: 1 + nodes more than the longest text has."""
 
     def admit(self, state: State, row: int, source: int | None) -> None:
         """A new text stands in `row`; `source` is another row that holds the same prompt, if there
         is one.
         """
 
-    def propose(self, state: State, k: int) -> Draft: ...
+    def propose(self, state: State, k: int) -> Draft:
+        """At most k guesses in a line, 1 <= k <= depth."""
 
 
 class NoDraft:
     """The drafter that never guesses: plain autoregressive decoding."""
 
-    depth = 0
+    depth = nodes = 0
     needs_memo = False
 
-    def begin(self, model: Any, rows: int, slots: int) -> None: ...
+    def attach(self, model: Any) -> None: ...
+
+    def begin(self, rows: int, slots: int) -> None: ...
 
     def admit(self, state: State, row: int, source: int | None) -> None: ...
 
@@ -127,27 +181,33 @@ class NoDraft:
 
 class Verdict(NamedTuple):
     """accepted (B,): how many of the draft's tokens stand; next (B,): the target's own token after
-    them.
+    them. path (B, 1 + K): the columns that stand, of a tree; None: the first 1 + accepted ones.
     """
 
     accepted: Tensor
     next: Tensor
+    path: Tensor | None = None
 
 
-class Place(NamedTuple):
-    """What noise is keyed by: each row's request seed, and the position of the first token that
-    logits speak of. On the host, both of length B.
+@dataclass
+class Place:
+    """What noise is keyed by: each row's request seed, and the position of the first token that a
+    step decides; both on the host, of length B. count: how many positions it may decide.
     """
 
     seed: Sequence[int]
     first: Sequence[int]
+    count: int
 
 
 class Rule(Protocol):
     """Decides which guesses stand."""
 
-    def draw(self, logits: Tensor, place: Place) -> Draft:
-        """Guesses from the logits (B, K, V) of a drafter."""
+    def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
+        """Guesses from the logits (B, K, V) of a drafter for positions first + ahead and on."""
+
+    def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
+        """What a guess for each of these positions should have most of, (B, K, V)."""
 
     def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         """logits (B, 1 + K, V) of the target, after the pending token and after each guess."""
@@ -172,12 +232,14 @@ class Completion:
     """tokens: the new ids, a stop token included. heads: which head guessed each (1: the target's
     own choice).
 
-    steps: forward passes after the prompt's. drafted, accepted: guesses offered and taken at each
-    depth 1..K.
+    logprobs: log p of each under the target's own law, before temperature and cuts, if asked for.
+    steps: forward passes after the prompt's. drafted, accepted: in how many of them a guess was
+    offered, and taken, at each depth 1..K.
     """
 
     tokens: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     steps: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -192,3 +254,23 @@ def stop_at(*ids: int) -> Callable[[list[int]], bool]:
     """A `Request.stop` for end tokens."""
     ends = frozenset(ids)
     return lambda new: new[-1] in ends
+
+
+def stop_at_text(tokenizer: Any, *texts: str) -> Callable[[list[int]], bool]:
+    """A `Request.stop` for strings, wherever they begin and end within tokens. The tokens that
+    complete one stay in the completion; `cut_at` removes it from the decoded text.
+    """
+    if not texts or not all(texts):
+        raise ValueError(f"stop strings {texts!r}: give at least one, and none of them empty")
+    # Every token stands for a byte or more, and all but the last token were looked at before.
+    window = max(len(text.encode()) for text in texts) + 4
+    return lambda new: any(text in tokenizer.decode(new[-window:]) for text in texts)
+
+
+def cut_at(text: str, *stops: str) -> str:
+    """The text before the first of the stop strings.
+
+    >>> cut_at("return x\\n\\ndef g", "\\ndef", "\\n\\n")
+    'return x'
+    """
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

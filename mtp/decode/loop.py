@@ -7,7 +7,7 @@ different lengths share a pass: each writes to its own slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from mtp.decode.contract import (
     Request,
     Rule,
     State,
+    Verdict,
     chain,
+    tree,
 )
 from mtp.decode.sampling import RULES, Sampling
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     requests: Sequence[Request],
@@ -37,20 +38,29 @@ def generate(
     *,
     batch_size: int = 8,
     rule: str = "match",
+    logprobs: bool = False,
 ) -> list[Completion]:
     """Continue every request; completions come back in the order of the requests.
 
     With rule="match" the text is the one that decoding without a drafter gives, token for token,
-    whatever the drafter, batch size and order (fp32 and fp64; in bf16 up to near-ties). ValueError:
-    a prompt that is empty, not in the vocabulary or too long for the context, an unknown rule, or
-    caches that do not fit in memory.
+    whatever the drafter, batch size and order (fp32 and fp64; in bf16 up to near-ties); "exact" and
+    "block" keep its law. logprobs fills `Completion.logprobs`. ValueError: a prompt that is empty,
+    not in the vocabulary or too long for the context, an unknown rule, or caches that do not fit in
+    memory.
     """
     if not requests:
         return []
-    decoding = Decoding(model, requests, drafter, sampling, batch_size=batch_size, rule=rule)
-    with torch.autocast(decoding.cache.k.device.type, enabled=False):  # the cache has one dtype
-        while decoding.fill():
-            decoding.step()
+    decoding = Decoding(
+        model,
+        requests,
+        drafter,
+        sampling,
+        batch_size=batch_size,
+        rule=rule,
+        logprobs=logprobs,
+    )
+    for _ in decoding:
+        pass
     return decoding.completions
 
 
@@ -75,8 +85,12 @@ def _check(model: Any, i: int, request: Request) -> None:
 
 
 class Decoding:
-    """What `generate` runs to its end, for whoever wants to take the steps: `fill` reads waiting
-    prompts into free rows, `step` is one pass over all rows. Call both under inference_mode.
+    """What `generate` runs to its end, for whoever wants to see it happen. Iterating over it takes
+    the steps and yields (number of a request, its newest tokens) as soon as they are decided;
+    `completions` holds all so far.
+
+    By hand, under inference_mode: `fill` reads waiting prompts into free rows, `step` is one pass
+    over all rows.
     """
 
     def __init__(
@@ -88,6 +102,7 @@ class Decoding:
         *,
         batch_size: int = 8,
         rule: str = "match",
+        logprobs: bool = False,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule={rule!r} is unknown: allowed are {', '.join(RULES)}")
@@ -99,30 +114,45 @@ class Decoding:
         self.drafter = drafter = drafter or NoDraft()
         self.rule: Rule = RULES[rule](sampling or Sampling())
         self.completions = [Completion() for _ in requests]
+        self.logprobs = logprobs
         self.waiting = list(range(len(requests)))[::-1]
         self.owner: list[int | None] = [None] * rows
         self.prompts: list[Sequence[int] | None] = [None] * rows  # whose cache still stands
         self.prompt_end: list[Tensor | None] = [None] * rows
-        overhang = (
-            model.config.n_future_tokens + drafter.depth
-        )  # drafts may reach past the end of the longest text
-        self.slots = max(len(r.prompt) + r.max_new_tokens for r in requests) + overhang
+        drafter.attach(model)
+        # Drafts may reach past the end of the longest text.
+        longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        self.slots = longest + 1 + drafter.nodes
         _require_memory(model, rows, self.slots, drafter.needs_memo)
-        drafter.begin(model, rows, self.slots)
+        drafter.begin(rows, self.slots)
         self.cache = model.new_cache(model.next_layers, rows, self.slots)
         device = self.cache.k.device
         text = torch.zeros(rows, self.slots, dtype=torch.long, device=device)
         self.nothing = Draft(text[:, :0])
         self.flat_text = text.flatten()  # a view: slots are written through it
         self.pending = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.state = State(text, [1] * rows, [0] * rows, None, self._draw)
+        self.place = Place([], [], 0)
+        self.state = State(text, [1] * rows, [0] * rows, None, self._draw, self._scores)
 
-    def _draw(self, logits: Tensor) -> Draft:
-        return self.rule.draw(logits, self._undecided())
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        with torch.autocast(self.cache.k.device.type, enabled=False):  # the cache has one dtype
+            shown = [0] * len(self.requests)
+            busy = True
+            while busy:
+                with torch.inference_mode():
+                    busy = self.fill()
+                    if busy:
+                        self.step()
+                for i, completion in enumerate(self.completions):
+                    if len(completion.tokens) > shown[i]:
+                        yield i, completion.tokens[shown[i] :]
+                        shown[i] = len(completion.tokens)
 
-    def _undecided(self) -> Place:
-        """The first token after the pending one, per row."""
-        return Place(tuple(self.state.seed), tuple(n + 1 for n in self.state.length))
+    def _draw(self, logits: Tensor, ahead: int = 0) -> Draft:
+        return self.rule.draw(logits, self.place, ahead)
+
+    def _scores(self, logits: Tensor, ahead: int = 0) -> Tensor:
+        return self.rule.scores(logits, self.place, ahead)
 
     def fill(self) -> bool:
         """Give free rows to waiting requests; False when no row is busy."""
@@ -149,9 +179,9 @@ class Decoding:
             self._copy_prompt(source, row, length)
         self.drafter.admit(state, row, source)
         logits, nothing = self.model.logits(self.prompt_end[row]), Draft(self.nothing.tokens[:1])
-        first = self.rule(logits, nothing, Place((request.seed,), (length,))).next
-        self.pending[row] = first
-        self._emit(row, first.tolist(), 0)
+        verdict = self.rule(logits, nothing, Place([request.seed], [length], 1))
+        self.pending[row] = verdict.next
+        self._settle(row, [], int(verdict.next), [0], logits[0])
 
     def _read_prompt(self, row: int, prompt: Tensor) -> None:
         layout = chain(row, [0], prompt.shape[1], self.slots, self.cache.k)
@@ -180,23 +210,81 @@ class Decoding:
     def step(self) -> None:
         state = self.state
         k = min(self.drafter.depth, max(map(self._room, range(len(self.owner)))) - 1)
+        self.place = Place(list(state.seed), [n + 1 for n in state.length], 1 + k)
         draft, feed = self.nothing, self.pending
         if k > 0:
             self._write_pending()
             draft = self.drafter.propose(state, k)
             feed = torch.cat([self.pending, draft.tokens.clamp(min=0)], 1)
-        layout = chain(0, state.length, feed.shape[1], self.slots, self.cache.k)
+        if draft.parents is None:
+            layout = chain(0, state.length, feed.shape[1], self.slots, self.cache.k)
+        else:
+            layout = tree(state.length, draft.lineage, self.slots, self.cache.k)
         latent, memo = self.model.read(feed, layout, self.cache)
-        verdict = self.rule(self.model.logits(latent), draft, self._undecided())
+        logits = self.model.logits(latent)
+        verdict = self.rule(logits, draft, self.place)
         self._keep(layout.where, memo)
         self.flat_text.index_copy_(0, layout.where, feed.flatten())
         self.pending = verdict.next[:, None]
-        results = zip(*(x.tolist() for x in (draft.tokens, *verdict)), strict=True)
-        for row, (guesses, accepted, following) in enumerate(results):
+        accepted, following = verdict.accepted.tolist(), verdict.next.tolist()
+        paths = self._paths(verdict, accepted)
+        offered = self._offered(draft)
+        for row, guesses in enumerate(draft.tokens.tolist()):
             if self.owner[row] is not None:
-                state.length[row] += accepted + 1
-                self._count(row, guesses, accepted)
-                self._emit(row, [*guesses[:accepted], following], accepted)
+                state.length[row] += len(paths[row])
+                self._count(row, offered[row], accepted[row])
+                self._settle(row, guesses, following[row], paths[row], logits[row])
+
+    def _paths(self, verdict: Verdict, accepted: list[int]) -> list[Sequence[int]]:
+        """The columns that stand, per row. Those of a tree are moved behind one another first."""
+        if verdict.path is None:
+            return [range(1 + a) for a in accepted]
+        paths: list[Sequence[int]] = [
+            [column for column, stands in enumerate(row) if stands] for row in verdict.path.tolist()
+        ]
+        moves = [
+            (row * self.slots + self.state.length[row] + column, i - column)
+            for row, path in enumerate(paths)
+            for i, column in enumerate(path)
+            if i != column
+        ]
+        if moves:
+            source, by = torch.tensor(moves, device=self.flat_text.device).unbind(1)
+            self.cache.move(source, source + by)
+            kept = (
+                [self.flat_text]
+                if self.state.memo is None
+                else [
+                    self.flat_text,
+                    self.state.memo.flatten(0, 1),
+                ]
+            )
+            for x in kept:
+                x[source + by] = x[source]
+        return paths
+
+    def _offered(self, draft: Draft) -> list[list[int]]:
+        """Depths at which each row's draft offers a guess, ascending."""
+        if draft.parents is None:
+            return [
+                [depth for depth, guess in enumerate(row, 1) if guess >= 0]
+                for row in draft.tokens.tolist()
+            ]
+        depths = draft.lineage.sum(-1)[:, 1:] - 1
+        return [sorted(set(row) - {0}) for row in (depths * (draft.tokens >= 0)).tolist()]
+
+    def _settle(
+        self, row: int, guesses: list[int], following: int, path: Sequence[int], logits: Tensor
+    ) -> None:
+        """Take what stands of a row's step: the guesses on the path after the pending token, and
+        the target's own token. logits (1 + K, V) gave the token after each column.
+        """
+        tokens = [*(guesses[column - 1] for column in path[1:]), following]
+        logprobs: list[float] = []
+        if self.logprobs:
+            law = logits[list(path)].float().log_softmax(-1)
+            logprobs = law[range(len(tokens)), tokens].tolist()
+        self._emit(row, tokens, logprobs)
 
     def _room(self, row: int) -> int:
         """New tokens that the row's request still takes."""
@@ -207,23 +295,26 @@ class Decoding:
             else self.requests[owner].max_new_tokens - len(self.completions[owner].tokens)
         )
 
-    def _count(self, row: int, guesses: list[int], accepted: int) -> None:
-        completion, k = self.completions[self.owner[row]], len(guesses)  # type: ignore[index]
+    def _count(self, row: int, depths: Sequence[int], accepted: int) -> None:
+        """depths: of the guesses that were offered, 1 for those after the pending token."""
+        completion, k = self.completions[self.owner[row]], self.place.count - 1  # type: ignore[index]
         completion.steps += 1
         completion.drafted += [0] * (k - len(completion.drafted))
         completion.accepted += [0] * (k - len(completion.accepted))
-        for depth, guess in enumerate(guesses):
-            completion.drafted[depth] += guess >= 0  # -1: nothing was offered
-            completion.accepted[depth] += depth < accepted
+        for depth in depths:
+            completion.drafted[depth - 1] += 1
+        for depth in range(accepted):
+            completion.accepted[depth] += 1
 
-    def _emit(self, row: int, tokens: list[int], accepted: int) -> None:
+    def _emit(self, row: int, tokens: list[int], logprobs: list[float]) -> None:
         """Append what a step decided, cut at the request's end; an ended request leaves its row."""
         owner = self.owner[row]
         assert owner is not None
         request, completion = self.requests[owner], self.completions[owner]
-        for depth, token in enumerate(tokens):
+        for depth, token in enumerate(tokens, 1):
             completion.tokens.append(token)
-            completion.heads.append(depth + 2 if depth < accepted else 1)
+            completion.heads.append(depth + 1 if depth < len(tokens) else 1)
+            completion.logprobs += logprobs[depth - 1 : depth]
             if len(completion.tokens) == request.max_new_tokens or (
                 request.stop and request.stop(completion.tokens)
             ):

@@ -5,7 +5,8 @@ noise of a place gets the same, whatever was drafted, batched or rejected before
 guess therefore stands iff it *is* the target's own token, and the text equals autoregressive text
 token for token, sampled text too. `exact` is the token-level rejection of speculative sampling
 (Leviathan et al. 2023, theorem 1): same law, other text, and more acceptance when the draft's law
-is close but not equal.
+is close but not equal. `block` judges a chain as a whole (Sun et al. 2024, algorithm 2): same law,
+and at least as many guesses stand as under `exact`.
 
 Letters: B rows, K guesses, V vocabulary.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,15 @@ from torch import Tensor
 from mtp.decode.contract import Draft, Place, Rule, Verdict
 
 TARGET, GUESS, ACCEPT = 0, 1, 2  # purposes of noise: one independent stream each
+# p (B, 1+K, V), q likewise with 0 where nothing is guessed, the guesses and their trials (B, K, 1)
+# -> which stand, provided that all are offered (B, K, 1); weight of p in the residual (B, 1+K, 1).
+Judge = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def uniform(
-    place: Place, count: int, width: int, purpose: int, device: torch.device | None = None
-) -> Tensor:
+def uniform(place: Place, width: int, purpose: int, device: torch.device | None = None) -> Tensor:
     """Numbers in (0, 1), (B, count, width), for the `count` positions from place.first[b] on."""
-    columns = torch.arange(count, device=device)
-    seed, position = torch.tensor(place, device=device)[:, :, None]
+    columns = torch.arange(place.count, device=device)
+    seed, position = torch.tensor((place.seed, place.first), device=device)[:, :, None]
     x = (
         seed * 0x2545F4914F6CDD1D
         + (position + columns) * 0x9E3779B97F4A7C1
@@ -95,17 +96,15 @@ class Sampling:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
         return self.warp(logits).softmax(-1)
 
-    def noise(self, place: Place, like: Tensor, count: int, purpose: int) -> Tensor | None:
-        """What `choose` adds to logits like these, (B, count, V); None: greedy needs none."""
+    def noise(self, place: Place, like: Tensor, purpose: int) -> Tensor | None:
+        """What `scores` adds to logits like these, (B, count, V); None: greedy needs none."""
         if self.temperature == 0:
             return None
-        return gumbel(uniform(place, count, like.shape[-1], purpose, like.device))
+        return gumbel(uniform(place, like.shape[-1], purpose, like.device))
 
-    def choose(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        """logits (B, K, V), noise of the same K positions and perhaps more -> tokens (B, K)."""
-        if noise is None:
-            return logits.argmax(-1)
-        return (self.warp(logits) + noise[:, : logits.shape[1]]).argmax(-1)
+    def scores(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """Logits (B, K, V), noise of the same places -> what the chosen token has most of."""
+        return logits if noise is None else self.warp(logits) + noise
 
 
 class Match:
@@ -113,62 +112,122 @@ class Match:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._kept: tuple[Any, Tensor | None] = None, None
+        self._kept: tuple[Place | None, Tensor | None] = None, None
 
-    def _noise(self, place: Place, logits: Tensor, count: int) -> Tensor | None:
-        """K guesses and the K + 1 choices that judge them have the same noise: it is made once."""
-        key = (*place.seed, *place.first, count)
-        if key != self._kept[0]:
-            self._kept = key, self.sampling.noise(place, logits, count, TARGET)
+    def _noise(self, logits: Tensor, place: Place) -> Tensor | None:
+        """Guesses and the choices that judge them have the same noise: it is made once a step."""
+        if place != self._kept[0]:
+            self._kept = place, self.sampling.noise(place, logits, TARGET)
         return self._kept[1]
 
-    def draw(self, logits: Tensor, place: Place) -> Draft:
-        return Draft(self.sampling.choose(logits, self._noise(place, logits, logits.shape[1] + 1)))
+    def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
+        noise = self._noise(logits, place)
+        if noise is not None:
+            noise = noise[:, ahead : ahead + logits.shape[1]]
+        return self.sampling.scores(logits, noise)
+
+    def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
+        return Draft(self.scores(logits, place, ahead).argmax(-1))
 
     def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
-        choice = self.sampling.choose(logits, self._noise(place, logits, logits.shape[1]))
+        if draft.parents is not None:
+            return self._in_tree(logits, draft, place)
+        choice = self.scores(logits, place).argmax(-1)
         if draft.tokens.shape[1] == 0:  # plain steps pay nothing for verification
             following = choice[:, 0]
             return Verdict(torch.zeros_like(following), following)
         accepted = (choice[:, :-1] == draft.tokens).long().cumprod(1).sum(1)
         return Verdict(accepted, choice.gather(1, accepted[:, None])[:, 0])
 
+    def _in_tree(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
+        """The deepest guess that stands with all its ancestors; the first of them, if two agree."""
+        lineage, noise = draft.lineage, self._noise(logits, place)
+        assert draft.parents is not None
+        depth = lineage.sum(-1) - 1
+        if noise is not None:
+            noise = noise.gather(1, depth[..., None].expand(-1, -1, noise.shape[-1]))
+        choice = self.sampling.scores(logits, noise).argmax(-1)
+        fails = draft.tokens != choice.gather(1, draft.parents + 1)
+        stands = ~(lineage[:, :, 1:] & fails[:, None]).any(-1)
+        best = torch.where(stands, depth, -1)
+        accepted = best.amax(1)
+        node = (best == accepted[:, None]).long().argmax(1)
+        path = lineage[torch.arange(len(node), device=node.device), node]
+        return Verdict(accepted, choice.gather(1, node[:, None])[:, 0], path)
 
-class Exact:
-    """Token-level rejection: a guess x ~ q stands with probability min(1, p(x)/q(x)), else the next
-    token ~ (p - q)+.
+
+class Rejection:
+    """Guesses x ~ q are tried against the target's p; `judge` says which stand, and the residual
+    after them, (weight p - q)+, gives the next token. Takes chains; the word is for messages.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, word: str, judge: Judge) -> None:
+        self.sampling, self.word, self.judge = sampling, word, judge
 
-    def draw(self, logits: Tensor, place: Place) -> Draft:
-        noise = self.sampling.noise(place, logits, logits.shape[1], GUESS)
-        return Draft(self.sampling.choose(logits, noise), self.sampling.probs(logits))
+    def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
+        raise ValueError(f"rule={self.word} takes chains of guesses: trees need rule=match")
+
+    def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
+        noise = self.sampling.noise(_of_step(place, ahead, logits.shape[1]), logits, GUESS)
+        tokens = self.sampling.scores(logits, noise).argmax(-1)
+        return Draft(tokens, self.sampling.probs(logits))
 
     def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
+        if draft.parents is not None:
+            self.scores(logits, place)
         p, tokens = self.sampling.probs(logits), draft.tokens
-        offered = tokens >= 0
-        q = (
-            draft.probs
-            if draft.probs is not None
-            else F.one_hot(tokens.clamp(min=0), p.shape[-1]).double()
-        )
-        q = q * offered[..., None]
+        offered = (tokens >= 0).long().cumprod(1)[..., None]
         at = tokens.clamp(min=0)[..., None]
-        u = uniform(place, tokens.shape[1], 1, ACCEPT, tokens.device)
-        stands = (u * q.gather(-1, at) < p[:, :-1].gather(-1, at)).squeeze(-1) & offered
-        accepted = stands.long().cumprod(1).sum(1)
-        row = torch.arange(len(tokens), device=tokens.device)
-        beyond = torch.cat(
-            [q, torch.zeros_like(p[:, :1])], 1
-        )  # nothing was guessed after the last guess: the residual is p
-        residual = (p[row, accepted] - beyond[row, accepted]).clamp(min=0)
-        after = Place(
-            place.seed, [n + a for n, a in zip(place.first, accepted.tolist(), strict=True)]
-        )
-        u = uniform(after, 1, p.shape[-1], TARGET, tokens.device)[:, 0]
+        q = F.one_hot(at[..., 0], p.shape[-1]).double() if draft.probs is None else draft.probs
+        # Nothing was guessed after the last guess: q is 0 there, and the residual is p.
+        q = torch.cat([q * offered, torch.zeros_like(p[:, :1])], 1)
+        u = uniform(_of_step(place, 0, tokens.shape[1]), 1, ACCEPT, p.device)
+        stands, weight = self.judge(p, q, at, u)
+        stands = stands & offered.bool()
+        count = torch.arange(1, tokens.shape[1] + 1, device=p.device)
+        accepted = F.pad(stands[..., 0] * count, (1, 0)).amax(1)
+        row = torch.arange(len(tokens), device=p.device)
+        residual = (weight[row, accepted] * p[row, accepted] - q[row, accepted]).clamp(min=0)
+        first = [n + a for n, a in zip(place.first, accepted.tolist(), strict=True)]
+        u = uniform(Place(place.seed, first, 1), p.shape[-1], TARGET, p.device)[:, 0]
         return Verdict(accepted, (residual.log() + gumbel(u)).argmax(-1))
 
 
-RULES: dict[str, Callable[[Sampling], Rule]] = {"match": Match, "exact": Exact}
+def _of_step(place: Place, ahead: int, count: int) -> Place:
+    """Guesses and trials are keyed by their step too: what a verdict has looked at, also beyond
+    what it accepts, may not come again.
+    """
+    seed = [
+        (s * 0x2127599BF4325C37 + n * 0x1D8E4E27C47D124F) % 2**63
+        for s, n in zip(place.seed, place.first, strict=True)
+    ]
+    return Place(seed, [n + ahead for n in place.first], count)
+
+
+def _token_by_token(p: Tensor, q: Tensor, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Each guess stands with probability min(1, p(x)/q(x)), if all before it do."""
+    stands = u * q[:, :-1].gather(-1, at) < p[:, :-1].gather(-1, at)
+    return stands.long().cumprod(1).bool(), torch.ones_like(p[..., :1])
+
+
+def _as_a_block(p: Tensor, q: Tensor, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The longest prefix of which a trial succeeds; what it keeps of its mass weighs the residual.
+
+    w_i = min(1, w_{i-1} p(x_i) / q(x_i)), w_0 = 1; S_i = sum (w_i p_{i+1} - q_{i+1})+; a prefix of
+    i guesses succeeds with probability S_i / (S_i + 1 - w_i), 1 where that is 0 / 0.
+    """
+    ratio = p[:, :-1].gather(-1, at) / q[:, :-1].gather(-1, at)
+    weights = [torch.ones_like(p[:, 0, :1])]
+    for i in range(at.shape[1]):
+        weights.append((weights[-1] * ratio[:, i]).nan_to_num(0.0).clamp(max=1.0))
+    weight = torch.stack(weights, 1)
+    left = (weight * p - q).clamp(min=0).sum(-1, keepdim=True)
+    success = left / (left + 1 - weight)
+    return u <= success.nan_to_num(1.0)[:, 1:], weight
+
+
+RULES: dict[str, Callable[[Sampling], Rule]] = {
+    "match": Match,
+    "exact": lambda sampling: Rejection(sampling, "exact", _token_by_token),
+    "block": lambda sampling: Rejection(sampling, "block", _as_a_block),
+}
