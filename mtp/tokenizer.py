@@ -82,6 +82,35 @@ class SentencePieceTokenizer:
         return 0 <= i < self.vocab_size and not (model.is_control(i) or model.is_unknown(i))
 
 
+class TextStream:
+    """Text of ids as they come: `push` returns what is whole by now, `close` the rest.
+
+    A character that takes several ids waits for its last one. Each call decodes a few ids, however
+    long the text is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.told: list[int] = []  # the last ids before `new`: some tokenizers trim a text's start
+        self.new: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        self.new += ids
+        text = self._untold()
+        if text.endswith("\ufffd"):  # perhaps the beginning of a character
+            return ""
+        self.told, self.new = [*self.told, *self.new][-16:], []
+        return text
+
+    def close(self) -> str:
+        text, self.told, self.new = self._untold(), [], []
+        return text
+
+    def _untold(self) -> str:
+        before = len(self.tokenizer.decode(self.told))
+        return self.tokenizer.decode([*self.told, *self.new])[before:]
+
+
 def train_sentencepiece(
     texts: Iterable[str], model_file: Path, vocab_size: int
 ) -> SentencePieceTokenizer:

@@ -6,6 +6,7 @@ A new drafter is one line in DRAFTERS. The truth is `naive`: no loop of the libr
 import copy
 import doctest
 import itertools
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -15,9 +16,18 @@ from conftest import BLOCK_KINDS, KINDS, p_value, tiny
 
 import mtp.decode.contract
 import mtp.decode.loop
-from mtp.decode.contract import Completion, Draft, NoDraft, Place, Request, stop_at
-from mtp.decode.drafters import OwnHeads, make_drafter
-from mtp.decode.loop import generate
+from mtp.decode.contract import (
+    Completion,
+    Draft,
+    NoDraft,
+    Place,
+    Request,
+    cut_at,
+    stop_at,
+    stop_at_text,
+)
+from mtp.decode.drafters import OwnHeads, best_tree, make_drafter
+from mtp.decode.loop import Decoding, generate
 from mtp.decode.sampling import RULES, TARGET, Sampling
 
 VOCAB, END, NEW, N = 13, 3, 12, 4
@@ -243,7 +253,7 @@ class Compared:
 
     def __init__(self, lead, fresh, plan=(1, 1, 0, 0, 0, 1, 0, 1)):
         self.lead, self.fresh, self.inner = lead, fresh, fresh()
-        self.depth = self.nodes = lead.depth
+        self.depth, self.nodes = lead.depth, lead.nodes
         self.plan, self.compared = itertools.cycle(plan), 0
 
     def attach(self, model):
@@ -272,20 +282,26 @@ class Compared:
 OWN_HEADS = {"heads": OwnHeads, "one head": lambda: OwnHeads(1), "two heads": lambda: OwnHeads(2)}
 
 
+LEADS = {
+    "chains": lambda requests, truth: Oracle(requests, truth, 4, sometimes(wrong)),
+    "trees": lambda requests, truth: Forest(requests, truth, right=0.4),
+}
+
+
+@pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize(
     ("drafter", "batch_size"), [("heads", 1), ("heads", 3), ("one head", 3), ("two heads", 3)]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_proposals_are_those_of_a_fresh_copy_that_reads_from_the_start(
-    kind, drafter, batch_size, device
+    kind, drafter, batch_size, lead, device
 ):
     """Stale caches never change the text, only the acceptance: nothing else would notice them.
     Before a comparison come steps of all lengths, skipped ones, refilled rows, copied prompts.
     """
     requests = [*samples_of_one_prompt(4), *some_requests(stop=False)[:3]]
     truth = truths(target(kind, device), requests, Sampling(1.0))
-    lead = Oracle(requests, truth, 4, sometimes(wrong))
-    drafter = Compared(lead, OWN_HEADS[drafter])
+    drafter = Compared(LEADS[lead](requests, truth), OWN_HEADS[drafter])
     got = generate(target(kind, device), requests, drafter, Sampling(1.0), batch_size=batch_size)
     assert texts(got) == truth and drafter.compared > 3
 
@@ -325,6 +341,43 @@ def test_an_oracle_yields_all_its_guesses_and_one_token_more_per_step(sampling, 
         assert completion.steps == steps and completion.mean_acceptance_length == depth + 1
         assert completion.drafted == completion.accepted == [steps] * depth
         assert completion.heads == [1, *(list(range(2, depth + 2)) + [1]) * steps]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_tree_of_all_paths_holds_the_text_whatever_the_heads_think(sampling, device):
+    model, requests = target("linear", device), some_requests(stop=False, max_new_tokens=10)
+    every = OwnHeads(2, tree=VOCAB + VOCAB**2)
+    for completion in generate(model, requests, every, SAMPLINGS[sampling], batch_size=3):
+        assert completion.mean_acceptance_length == 3 and completion.drafted == [3, 3]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5, 12, 40])
+def test_the_best_tree_holds_the_most_probable_beginnings_of_paths(nodes):
+    scores = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    draft, probs = best_tree(scores, nodes), scores.softmax(-1)
+    for b in range(2):
+        paths = [path for depth in (1, 2, 3) for path in itertools.product(range(4), repeat=depth)]
+        paths.sort(key=lambda path: -math.prod(float(probs[b, i, x]) for i, x in enumerate(path)))
+        assert {path_to(draft, b, node) for node in range(nodes)} == set(paths[:nodes])
+
+
+def path_to(draft, b, node):
+    """The guesses from the pending token to this one; a parent comes before its child."""
+    parent = int(draft.parents[b, node])
+    assert parent < node
+    return (*(path_to(draft, b, parent) if parent >= 0 else ()), int(draft.tokens[b, node]))
+
+
+def test_trees_of_certain_heads_are_chains():
+    scores = torch.full((1, 3, 5), -torch.inf)
+    scores[0, range(3), [4, 0, 2]] = 0.0
+    assert path_to(best_tree(scores, 3), 0, 2) == (4, 0, 2)
+
+
+@pytest.mark.parametrize("rule", ["exact", "block"])
+def test_rules_for_chains_refuse_trees(rule, device):
+    with pytest.raises(ValueError, match=f"rule={rule} takes chains of guesses: trees need"):
+        generate(target("linear", device), [OK], OwnHeads(tree=4), rule=rule)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -448,6 +501,72 @@ def test_stop_sees_all_new_tokens(device):
     assert [len(completion.tokens) for completion in got] == [5] * len(requests)
 
 
+class Letters:
+    """Token 3 is "d"; token 0 stands for no text."""
+
+    @staticmethod
+    def decode(ids):
+        return "".join("abcdefghijklm"[i] for i in ids if i)
+
+
+@pytest.mark.parametrize("drafter", ["none", "oracle", "tree"])
+def test_texts_end_with_the_first_stop_string_wherever_it_lies(drafter, device):
+    model, requests = target("transformer", device), some_requests(stop=False)
+    truth = truths(model, requests, Sampling(1.0))
+    for request, new in zip(requests, truth, strict=True):
+        text = Letters.decode(new)
+        for at in range(len(text) - 1):
+            wanted = text[at : at + 3]
+            stopping = replace(request, stop=stop_at_text(Letters, "zzz", wanted))
+            drafting = DRAFTERS[drafter](requests, truth)
+            (got,) = generate(model, [stopping], drafting, Sampling(1.0))
+            ended = Letters.decode(got.tokens)
+            assert got.tokens == new[: len(got.tokens)]
+            assert ended.endswith(wanted) and text.find(wanted) == len(ended) - len(wanted)
+            assert cut_at(ended, wanted) == text[: text.find(wanted)]
+
+
+@pytest.mark.parametrize("strings", [(), ("",), ("a", "")])
+def test_stop_strings_may_not_be_empty(strings):
+    with pytest.raises(ValueError, match="give at least one, and none of them empty"):
+        stop_at_text(Letters, *strings)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("drafter", ["none", "heads", "tree", "forest"])
+def test_logprobs_are_those_of_the_models_own_law(drafter, rule, device):
+    if rule != "match" and drafter in ("tree", "forest"):
+        return  # refused, as tested above
+    model, requests, sampling = target("causal", device), some_requests(), Sampling(0.7, top_k=5)
+    drafting = DRAFTERS[drafter](requests, truths(model, requests, sampling))
+    got = generate(model, requests, drafting, sampling, batch_size=3, rule=rule, logprobs=True)
+    for request, completion in zip(requests, got, strict=True):
+        row = torch.tensor([[*request.prompt, *completion.tokens]], device=device)
+        with torch.no_grad():
+            law = model(row)[0, len(request.prompt) - 1 : -1].log_softmax(-1)
+        wanted = law.gather(1, row[0, len(request.prompt) :, None])[:, 0]
+        got_logprobs = torch.tensor(completion.logprobs, device=device, dtype=torch.float64)
+        torch.testing.assert_close(got_logprobs, wanted, rtol=0, atol=1e-5)
+
+
+def test_logprobs_are_not_made_unasked(device):
+    (got,) = generate(target("linear", device), some_requests()[:1])
+    assert got.logprobs == []
+
+
+@pytest.mark.parametrize("drafter", ["none", "heads", "oracle"])
+def test_pieces_come_as_they_are_decided_and_make_up_the_texts(drafter, device):
+    model, requests = target("transformer", device), some_requests()
+    drafting = DRAFTERS[drafter](requests, usual_truths("transformer", "greedy", device))
+    decoding = Decoding(model, requests, drafting, batch_size=3)
+    told: dict[int, list[int]] = {i: [] for i in range(len(requests))}
+    for i, tokens in decoding:
+        told[i] += tokens
+        assert tokens and told[i] == decoding.completions[i].tokens
+        assert not all(told.values()) or i >= 2  # the last are not waited for
+    assert list(told.values()) == usual_truths("transformer", "greedy", device)
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_counts_add_up(drafter, device):
     model, requests = target("residual", device), some_requests(stop=False)
@@ -547,6 +666,11 @@ def test_unknown_drafter_is_refused():
 def test_depth_below_one_is_refused():
     with pytest.raises(ValueError, match="depth=0 must be at least 1"):
         OwnHeads(0)
+
+
+def test_a_tree_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="tree=0 must be at least 1"):
+        OwnHeads(tree=0)
 
 
 def test_a_model_without_extra_heads_cannot_draft(device):

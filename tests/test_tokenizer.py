@@ -8,6 +8,7 @@ import pytest
 from mtp.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
+    TextStream,
     load_tokenizer,
     train_sentencepiece,
 )
@@ -136,3 +137,25 @@ def test_a_model_without_end_token_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="endless.model.*end-of-sentence"):
         load_tokenizer(tmp_path / "endless.model")
+
+
+@pytest.mark.parametrize("text", [*NASTY, CODE])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_streamed_text_is_the_text_and_splits_no_character(size, kind, text, request):
+    tokenizer = ByteTokenizer() if kind == "bytes" else request.getfixturevalue("pieces")
+    ids, stream = tokenizer.encode(text * 3), TextStream(tokenizer)
+    told = [stream.push(ids[at : at + size]) for at in range(0, len(ids), size)]
+    assert not any("\ufffd" in part for part in told)
+    assert "".join(told) + stream.close() == text * 3
+
+
+def test_a_stream_waits_for_the_last_byte_of_a_character_and_no_longer():
+    stream, (first, second) = TextStream(ByteTokenizer()), "é".encode()
+    assert [stream.push([65, first]), stream.push([second]), stream.push([66])] == ["", "Aé", "B"]
+
+
+def test_a_stream_tells_bytes_that_are_no_text_once_they_can_no_longer_become_one():
+    stream = TextStream(ByteTokenizer())
+    assert stream.push([65, 0xC3]) == "" and stream.push([66]) == "A\ufffdB"
+    assert stream.push([0xC3]) == "" and stream.close() == "\ufffd"
