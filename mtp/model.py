@@ -412,12 +412,16 @@ class Transformer(nn.Module):
         """Latent of head 1 (..., D) -> its logits (..., V)."""
         return self.output([self.norm(latent)], lambda x, w: F.linear(x[0], w[0]))
 
-    def draft_logits(self, latents: Sequence[Tensor]) -> Tensor:
-        """One latent (R, D) of each of heads 2, 3, ... -> their logits (R, K, V)."""
+    def draft_logits(self, latents: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
+        """One latent (R, D) of each of heads 2, 3, ... -> their logits (R, K, V).
+
+        weights: used in place of the unembedding's own, such as copies of some of their rows.
+        """
 
         def score(x: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:
             if len(w) == 1:
                 return F.linear(x[0], w[0])
             return torch.stack([F.linear(z, w[i]) for i, z in enumerate(x[0].unbind(1), 1)], 1)
 
-        return self.output([self.norm(torch.stack(list(latents), 1))], score)
+        latent = self.norm(torch.stack(list(latents), 1))
+        return score([latent], weights) if weights else self.output([latent], score)

@@ -7,6 +7,7 @@ import copy
 import doctest
 import itertools
 import math
+import os
 from dataclasses import replace
 from functools import cache
 
@@ -26,7 +27,7 @@ from mtp.decode.contract import (
     stop_at,
     stop_at_text,
 )
-from mtp.decode.drafters import OwnHeads, best_tree, make_drafter
+from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup, best_tree, make_drafter
 from mtp.decode.loop import Decoding, generate
 from mtp.decode.sampling import RULES, TARGET, Sampling
 
@@ -182,6 +183,21 @@ class Forest(Oracle):
         )
 
 
+@cache
+def another(seed=0, **overrides):
+    """A model to draft with: of seed 0 somewhat like the targets, else unlike them."""
+    model = tiny(seed=seed, gain=1.4, **overrides)
+    if seed == 0:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(noise * 0.1)
+    return model.to(os.environ.get("MTP_TEST_DEVICE", "cpu"))
+
+
+FEW = (11, 0, 3, 7, 5)  # tokens that heads are allowed to guess
+
 DRAFTERS = {  # name -> (requests, their true texts) -> drafter
     "none": lambda requests, truth: NoDraft(),
     "heads": lambda requests, truth: OwnHeads(),
@@ -191,6 +207,13 @@ DRAFTERS = {  # name -> (requests, their true texts) -> drafter
     "tree": lambda requests, truth: OwnHeads(tree=7),
     "small tree": lambda requests, truth: OwnHeads(2, tree=2),
     "skipping tree": lambda requests, truth: Skipping(OwnHeads(tree=7)),
+    "few tokens": lambda requests, truth: OwnHeads(vocabulary=FEW),
+    "tree of few tokens": lambda requests, truth: OwnHeads(tree=7, vocabulary=FEW),
+    "model": lambda requests, truth: DraftModel(another()),
+    "unlike model": lambda requests, truth: DraftModel(another(seed=9, n_layers=4), depth=2),
+    "skipping model": lambda requests, truth: Skipping(DraftModel(another())),
+    "lookup": lambda requests, truth: PromptLookup(),
+    "skipping lookup": lambda requests, truth: Skipping(PromptLookup(4)),
     "forest": lambda requests, truth: Forest(requests, truth),
     "oracle": lambda requests, truth: Oracle(requests, truth, 5),
     "hopeless": lambda requests, truth: Oracle(requests, truth, 3, wrong),
@@ -269,17 +292,33 @@ class Compared:
 
     def propose(self, state, k):
         if next(self.plan):
-            shown, fresh = replace(state, draw=lambda logits, ahead=0: logits), self.fresh()
+            fresh = self.fresh()
             fresh.attach(self.model)
             fresh.begin(*self.sizes)
-            wanted = fresh.propose(shown, fresh.depth)
-            got = self.inner.propose(shown, self.inner.depth)
+            got, wanted = logits_of(self.inner, state), logits_of(fresh, state)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
             self.compared += 1
         return self.lead.propose(state, k)
 
 
-OWN_HEADS = {"heads": OwnHeads, "one head": lambda: OwnHeads(1), "two heads": lambda: OwnHeads(2)}
+def logits_of(drafter, state):
+    """What it would draw all its guesses from, (B, K, V)."""
+    seen = []
+
+    def draw(logits, ahead=0):
+        seen.append(logits)
+        return Draft(logits.argmax(-1))
+
+    drafter.propose(replace(state, draw=draw), drafter.depth)
+    return torch.cat(seen, 1)
+
+
+COMPARED = {
+    "heads": OwnHeads,
+    "one head": lambda: OwnHeads(1),
+    "two heads": lambda: OwnHeads(2),
+    "model": lambda: DraftModel(another(), depth=3),
+}
 
 
 LEADS = {
@@ -290,7 +329,7 @@ LEADS = {
 
 @pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize(
-    ("drafter", "batch_size"), [("heads", 1), ("heads", 3), ("one head", 3), ("two heads", 3)]
+    ("drafter", "batch_size"), [("heads", 1), ("model", 1), *((name, 3) for name in COMPARED)]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_proposals_are_those_of_a_fresh_copy_that_reads_from_the_start(
@@ -301,7 +340,7 @@ def test_proposals_are_those_of_a_fresh_copy_that_reads_from_the_start(
     """
     requests = [*samples_of_one_prompt(4), *some_requests(stop=False)[:3]]
     truth = truths(target(kind, device), requests, Sampling(1.0))
-    drafter = Compared(LEADS[lead](requests, truth), OWN_HEADS[drafter])
+    drafter = Compared(LEADS[lead](requests, truth), COMPARED[drafter])
     got = generate(target(kind, device), requests, drafter, Sampling(1.0), batch_size=batch_size)
     assert texts(got) == truth and drafter.compared > 3
 

@@ -14,7 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp.decode.contract import Draft, Drafter, NoDraft, State, chain
+from mtp.decode.contract import Draft, Drafter, Layout, NoDraft, State, chain
+
+
+class Reader:
+    """A drafter's own cache, and how much of each row's text it holds."""
+
+    def __init__(self, cache: Any, rows: int) -> None:
+        self.cache, self.seen = cache, [0] * rows
+
+    def admit(self, row: int, source: int | None, length: int) -> bool:
+        """Begin a text of `length` tokens with what `source` holds of it; is any left to read?"""
+        known = 0 if source is None else min(self.seen[source], length)
+        if source is not None and source != row:
+            self.cache.copy(source, row, known)
+        self.seen[row] = known
+        return known < length
+
+    def catch_up(self, first: int, ends: list[int]) -> tuple[Layout, list[int]]:
+        """The pass after which rows from `first` on hold ends[r] tokens each, and the column of
+        each row's last one. All are as wide as the row that lags most; they read some anew.
+        """
+        rows = slice(first, first + len(ends))
+        # Without layers there is nothing to catch up with.
+        seen = self.seen[rows] if self.cache.layers else ends
+        width = max(1, *(end - known for end, known in zip(ends, seen, strict=True)))
+        starts = [max(0, end - width) for end in ends]
+        self.seen[rows] = ends
+        layout = chain(first, starts, width, self.cache.slots, self.cache.k)
+        return layout, [end - 1 - start for end, start in zip(ends, starts, strict=True)]
 
 
 class OwnHeads:
@@ -22,17 +50,22 @@ class OwnHeads:
     head 1 decides.
 
     depth: most guesses in a line, at most n - 1 (the default). tree: offer that many guesses per
-    step, the most probable paths through the heads' best tokens, instead of one chain. Every head
-    kind works: what a head needs is in the memo.
+    step, the most probable paths through the heads' best tokens, instead of one chain. vocabulary:
+    the only token ids that are guessed; few and frequent ones make a step shorter. Every head kind
+    works: what a head needs is in the memo.
     """
 
     needs_memo = True
 
-    def __init__(self, depth: int | None = None, tree: int | None = None) -> None:
-        for key, value in (("depth", depth), ("tree", tree)):
-            if value is not None and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1; for no guesses use no drafter")
+    def __init__(
+        self,
+        depth: int | None = None,
+        tree: int | None = None,
+        vocabulary: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        _check_guesses(depth=depth, tree=tree)
         self.wanted, self.tree = depth, tree
+        self.vocabulary = None if vocabulary is None else _distinct(vocabulary)
         self.depth = self.nodes = 0
 
     def attach(self, model: Any) -> None:
@@ -46,25 +79,27 @@ class OwnHeads:
         self.depth = self.wanted or most
         self.nodes = self.tree or self.depth
         self.model = model
+        if self.vocabulary is not None:
+            self._take_rows(self.vocabulary)
+
+    def _take_rows(self, vocabulary: Tensor) -> None:
+        """Rows of the unembedding lie apart: a copy is read as fast as a smaller matrix."""
+        weights, last = self.model.output.weights, self.model.config.vocab_size - 1
+        if vocabulary.min() < 0 or vocabulary.max() > last:
+            raise ValueError(f"vocabulary has token ids outside 0..{last}")
+        self.ids = vocabulary.to(weights[0].device)
+        self.weights = [weight.detach()[self.ids] for weight in weights]
 
     def begin(self, rows: int, slots: int) -> None:
-        self.slots = slots
-        self.cache = self.model.new_cache(self.model.rest_layers, rows, slots)
-        self.seen = [0] * rows
+        self.reader = Reader(self.model.new_cache(self.model.rest_layers, rows, slots), rows)
 
     def admit(self, state: State, row: int, source: int | None) -> None:
-        self.seen[row] = 0
-        if source is not None:
-            self.seen[row] = min(self.seen[source], state.length[row])
-            self.cache.copy(source, row, self.seen[row])
-        if self.seen[row] < state.length[row]:
-            self._read(
-                state, row, row + 1
-            )  # alone, so that a long prompt does not widen everyone's window
+        if self.reader.admit(row, source, state.length[row]):
+            # alone, so that a long prompt does not widen everyone's window
+            self._read(state, row, row + 1)
 
     def propose(self, state: State, k: int) -> Draft:
-        latents = self._read(state, 0, len(state.length))
-        logits = self.model.draft_logits(latents[:k])
+        logits = self._logits(self._read(state, 0, len(state.length))[:k])
         return best_tree(state.scores(logits), self.tree) if self.tree else state.draw(logits)
 
     def _read(self, state: State, first: int, last: int) -> list[Tensor]:
@@ -72,23 +107,132 @@ class OwnHeads:
         last position.
         """
         assert state.memo is not None
-        length, seen = state.length[first:last], self.seen[first:last]
-        width = (
-            1
-            if not self.cache.layers
-            else max(1, *(n - s for n, s in zip(length, seen, strict=True)))
-        )
-        starts = [max(0, n - width) for n in length]
-        layout = chain(first, starts, width, self.slots, state.memo)
-        memo = state.memo.flatten(0, 1).index_select(0, layout.where).view(len(length), width, -1)
-        latents = self.model.guess(memo, layout, self.cache, self.depth + 1)
-        self.seen[first:last] = length
-        return [
-            x[:, -1]
-            if width == 1
-            else _at(x, [n - 1 - s for n, s in zip(length, starts, strict=True)])
-            for x in latents
+        layout, columns = self.reader.catch_up(first, state.length[first:last])
+        memo = state.memo.flatten(0, 1).index_select(0, layout.where)
+        memo = memo.view(last - first, -1, memo.shape[-1])
+        latents = self.model.guess(memo, layout, self.reader.cache, self.depth + 1)
+        return [_at(x, columns) for x in latents]
+
+    def _logits(self, latents: list[Tensor]) -> Tensor:
+        """Latents (R, D) -> logits (R, K, V), -inf for tokens that are not to be guessed."""
+        if self.vocabulary is None:
+            return self.model.draft_logits(latents)
+        some = self.model.draft_logits(latents, self.weights)
+        sizes = (*some.shape[:-1], self.model.config.vocab_size)
+        return some.new_full(sizes, float("-inf")).index_copy_(-1, self.ids, some)
+
+
+class DraftModel:
+    """Speculative decoding (Leviathan et al. 2023; Chen et al. 2023): a smaller model with the same
+    vocabulary writes `depth` tokens ahead, one by one.
+    """
+
+    needs_memo = False
+
+    def __init__(self, model: Any, depth: int = 4) -> None:
+        _check_guesses(depth=depth)
+        self.model = model
+        self.depth = self.nodes = depth
+
+    def attach(self, model: Any) -> None:
+        own, target = self.model.config.vocab_size, model.config.vocab_size
+        if own != target:
+            raise ValueError(
+                f"the draft model has vocab_size={own}, the target {target}: they must be equal"
+            )
+
+    def begin(self, rows: int, slots: int) -> None:
+        longest, most = slots - 1 - self.nodes, self.model.config.max_seq_len
+        if longest > most:
+            raise ValueError(
+                f"texts of up to {longest} tokens exceed the draft model's max_seq_len={most}: "
+                f"shorten the prompts or lower max_new_tokens"
+            )
+        self.reader = Reader(self.model.new_cache(self.model.next_layers, rows, slots), rows)
+
+    def admit(self, state: State, row: int, source: int | None) -> None:
+        if self.reader.admit(row, source, state.length[row]):  # alone: see OwnHeads
+            self._read(state.text, row, [state.length[row]])
+
+    def propose(self, state: State, k: int) -> Draft:
+        cache = self.reader.cache
+        latent = self._read(state.text, 0, [n + 1 for n in state.length])  # with the pending token
+        drafts = [state.draw(self.model.logits(latent))]
+        for ahead in range(1, k):  # guesses lie beyond what `seen` says is held: a loan
+            at = chain(0, [n + ahead for n in state.length], 1, cache.slots, cache.k)
+            latent, _ = self.model.read(drafts[-1].tokens, at, cache)
+            drafts.append(state.draw(self.model.logits(latent), ahead))
+        probs = [draft.probs for draft in drafts if draft.probs is not None]
+        tokens = torch.cat([draft.tokens for draft in drafts], 1)
+        return Draft(tokens, torch.cat(probs, 1) if probs else None)
+
+    def _read(self, text: Tensor, first: int, ends: list[int]) -> Tensor:
+        """Bring rows from `first` on up to ends[r] tokens; -> latent (R, 1, D) of the last."""
+        layout, columns = self.reader.catch_up(first, ends)
+        tokens = text.flatten().index_select(0, layout.where).view(len(ends), -1)
+        latent, _ = self.model.read(tokens, layout, self.reader.cache)
+        return _at(latent, columns)[:, None]
+
+
+class PromptLookup:
+    """Guesses what followed the last few tokens of the text when they came before (Saxena 2023),
+    again and again where the text ends first. The longest match of at most `longest` and at least
+    `shortest` tokens counts; of equally long ones the most recent.
+    """
+
+    needs_memo = False
+
+    def __init__(self, depth: int = 10, longest: int = 3, shortest: int = 1) -> None:
+        _check_guesses(depth=depth)
+        if not 1 <= shortest <= longest:
+            raise ValueError(
+                f"shortest={shortest} must be at least 1 and at most longest={longest}"
+            )
+        self.depth = self.nodes = depth
+        self.sizes = range(longest, shortest - 1, -1)
+
+    def attach(self, model: Any) -> None: ...
+
+    def begin(self, rows: int, slots: int) -> None:
+        self.texts: list[list[int]] = [[] for _ in range(rows)]
+        self.after: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
+
+    def admit(self, state: State, row: int, source: int | None) -> None:
+        self.texts[row], self.after[row] = [], {}
+        self._extend(row, state.text[row, : state.length[row]].tolist())
+
+    def propose(self, state: State, k: int) -> Draft:
+        ends = [n + 1 for n in state.length]
+        lagging = [len(text) for text, end in zip(self.texts, ends, strict=True) if len(text) < end]
+        first = min(lagging, default=max(ends))
+        news = state.text[:, first : max(ends)].tolist()
+        for row, end in enumerate(ends):
+            if (known := len(self.texts[row])) < end:
+                self._extend(row, news[row][known - first : end - first])
+        guesses = [  # an idle row has gone back: nothing is offered there
+            self._following(row, k) if len(self.texts[row]) == end else []
+            for row, end in enumerate(ends)
         ]
+        if not any(guesses):
+            return Draft(state.text[:, :0])  # a plain step costs less than k refusals
+        tokens = [guess or [-1] * k for guess in guesses]
+        return Draft(torch.tensor(tokens, device=state.text.device))
+
+    def _extend(self, row: int, new: list[int]) -> None:
+        """Runs of tokens are filed when something follows them: the last ones are not yet."""
+        text, after = self.texts[row], self.after[row]
+        for token in new:
+            for n in self.sizes:
+                after[tuple(text[-n:])] = len(text)
+            text.append(token)
+
+    def _following(self, row: int, k: int) -> list[int]:
+        text, after = self.texts[row], self.after[row]
+        for n in self.sizes:
+            if at := after.get(tuple(text[-n:])):
+                found = text[at : at + k]
+                return [found[i % len(found)] for i in range(k)]
+        return []
 
 
 def best_tree(scores: Tensor, nodes: int) -> Draft:
@@ -115,19 +259,45 @@ def best_tree(scores: Tensor, nodes: int) -> Draft:
 
 def _at(x: Tensor, columns: Sequence[int]) -> Tensor:
     """x (R, T, D), one column per row -> (R, D)."""
-    if len(columns) == 1:
+    if len(columns) == 1 or x.shape[1] == 1:
         return x[:, columns[0]]
     return x[torch.arange(len(columns), device=x.device), torch.tensor(columns, device=x.device)]
 
 
-DRAFTERS: dict[str, Callable[[int | None], Drafter]] = {
-    "none": lambda depth: NoDraft(),
-    "heads": OwnHeads,
+def _check_guesses(**most: int | None) -> None:
+    for key, value in most.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value} must be at least 1; for no guesses use no drafter")
+
+
+def _distinct(vocabulary: Sequence[int] | Tensor) -> Tensor:
+    ids = torch.as_tensor(vocabulary)
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"vocabulary has shape {tuple(ids.shape)} and type {ids.dtype}: "
+            f"it must be a row of token ids, at least one"
+        )
+    if len(ids.unique()) < len(ids):
+        raise ValueError("vocabulary names a token twice: its ids must differ")
+    return ids.long()
+
+
+DRAFTERS: dict[str, Callable[..., Drafter]] = {
+    "none": lambda draft, **depth: NoDraft(),
+    "heads": lambda draft, **depth: OwnHeads(**depth),
+    "model": DraftModel,
+    "lookup": lambda draft, **depth: PromptLookup(**depth),
 }
 
 
-def make_drafter(name: str, depth: int | None = None) -> Drafter:
-    """A drafter by its word; depth None lets it choose. ValueError names the allowed words."""
+def make_drafter(name: str, depth: int | None = None, draft: Any = None) -> Drafter:
+    """A drafter by its word; depth None lets it choose. draft: the model for "model", which no
+    other takes. ValueError names the allowed words.
+    """
     if name not in DRAFTERS:
         raise ValueError(f"drafter={name!r} is unknown: allowed are {', '.join(DRAFTERS)}")
-    return DRAFTERS[name](depth)
+    if name == "model" and draft is None:
+        raise ValueError("drafter=model needs draft=: the model that drafts")
+    if name != "model" and draft is not None:
+        raise ValueError(f"drafter={name} takes no draft=: only drafter=model does")
+    return DRAFTERS[name](draft, **({} if depth is None else {"depth": depth}))
