@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -141,6 +141,21 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, held_out: bool) -> Cor
     if config.streaming and not held_out:
         raise ValueError("data.streaming: a stream is no corpus; train on StreamingBatches")
     return Corpus.from_documents(iter_documents(config, held_out), tokenizer)
+
+
+def frequent_tokens(corpus: Corpus, count: int) -> torch.Tensor:
+    """Ids of the most frequent tokens, for `OwnHeads(vocabulary=...)`: the end token, without which
+    no guess ends a text, then the others by frequency; at most `count`, fewer if fewer occur.
+    """
+    _check_positive(count=count)
+    tokens, size, times = corpus.tokens, 2**22, Counter[int]()
+    for start in range(0, len(tokens), size):  # memory-mapped shards need not fit in memory
+        part = tokens[np.arange(start, min(start + size, len(tokens)))]
+        ids, counts = np.unique(part, return_counts=True)
+        times.update(dict(zip(ids.tolist(), counts.tolist(), strict=True)))
+    end = int(tokens[corpus.ends[:1] - 1][0])
+    others = [token for token, _ in times.most_common(count) if token != end]
+    return torch.tensor([end, *others[: count - 1]])
 
 
 def _join(encoded: list[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """Continue prompts: `python scripts/generate.py checkpoint=runs/demo prompt='"def main"'`.
 
-With drafter=heads the model drafts for itself; the text is the same, in fewer steps. Prompts come
-from `prompt` or, one per line, from the file `prompts`. `--cfg job` prints every key.
+With drafter=heads the model drafts for itself, with drafter=model another one (`draft`), with
+drafter=lookup the text itself; the text is the same, in fewer steps. Prompts come from `prompt` or,
+one per line, from the file `prompts`. `--cfg job` prints every key.
 """
 
 import sys
@@ -15,6 +16,7 @@ from omegaconf import MISSING
 import mtp
 from mtp.decode.drafters import make_drafter
 from mtp.run import find_device
+from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
 from scripts.cli import launch
 
@@ -27,7 +29,8 @@ class GenerateConfig:
     max_new_tokens: int = 256
     samples: int = 1  # per prompt, with seeds seed, seed + 1, ...
     seed: int = 0
-    drafter: str = "none"  # or heads
+    drafter: str = "none"  # or heads, model, lookup
+    draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model
     depth: int | None = None  # most guesses per step; null: all extra heads
     rule: str = "match"
     batch_size: int = 8
@@ -51,12 +54,22 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from error
 
 
+def _draft(config: GenerateConfig, tokenizer: Tokenizer) -> mtp.Transformer | None:
+    """The model that drafts, if there is one."""
+    if config.draft is None:
+        return None
+    model = mtp.load(config.draft, find_device(config.device), PRECISIONS[config.precision])
+    if mtp.load_tokenizer(config.draft).fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"draft={config.draft} has another tokenizer than {config.checkpoint}")
+    return model
+
+
 def complete(config: GenerateConfig) -> None:
     torch.set_num_threads(1)  # rows of one step are too small to share
     model = mtp.load(config.checkpoint, find_device(config.device), PRECISIONS[config.precision])
     tokenizer = mtp.load_tokenizer(config.checkpoint)
     texts = _lines(Path(config.prompts)) if config.prompts else [config.prompt]
-    drafter = make_drafter(config.drafter, config.depth)
+    drafter = make_drafter(config.drafter, config.depth, _draft(config, tokenizer))
     seeds = range(config.seed, config.seed + config.samples)
     requests = [
         mtp.Request(ids, config.max_new_tokens, seed, mtp.stop_at(tokenizer.end_id))

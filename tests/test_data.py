@@ -15,6 +15,7 @@ from mtp.data import (
     Corpus,
     StreamingBatches,
     encode_document,
+    frequent_tokens,
     load_corpora,
     load_corpus,
     prepare_shards,
@@ -438,6 +439,20 @@ def test_shards_of_another_tokenizer_are_refused(mixed, tmp_path):
     prepare_shards(mixed, tmp_path / "out")
     with pytest.raises(ValueError, match="data.tokenizer has digits"):
         load_corpora(DataConfig("shards", str(tmp_path / "out")), Digits())
+
+
+def test_frequent_tokens_begin_with_the_end_token_and_go_by_frequency(mixed, tmp_path):
+    assert bytes(frequent_tokens(corpus_of("abacabad", "b"), 4).tolist()[1:]) == b"abc"
+    corpus = corpus_of("aaab")
+    assert [frequent_tokens(corpus, n).tolist() for n in (1, 2, 9)] == [
+        [END],
+        [END, ord("a")],
+        [END, ord("a"), ord("b")],
+    ]
+    prepare_shards(mixed, tmp_path / "shards", shard_tokens=100)
+    shards = DataConfig(source="shards", path=str(tmp_path / "shards"))
+    there, here = (load_corpus(config, BYTES, False) for config in (shards, mixed))
+    assert frequent_tokens(there, 9).tolist() == frequent_tokens(here, 9).tolist()
 
 
 def test_shards_are_never_overwritten(mixed, tmp_path):

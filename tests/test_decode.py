@@ -23,6 +23,7 @@ from mtp.decode.contract import (
     NoDraft,
     Place,
     Request,
+    State,
     cut_at,
     stop_at,
     stop_at_text,
@@ -44,6 +45,15 @@ FALSE_ALARM = 1e-4  # of one chi-square test, were its seeds chosen anew; they a
 @cache
 def target(kind, device):
     return tiny(kind, n_layers=5 if kind in BLOCK_KINDS else 1, gain=1.4).to(device)
+
+
+def rescanned(text, k, longest=3, shortest=1):
+    """What PromptLookup is to guess, found without an index: k tokens, or none."""
+    for n in range(longest, shortest - 1, -1):
+        for at in range(len(text) - 1, n - 1, -1):
+            if text[at - n : at] == text[-n:]:
+                return (text[at:] * k)[:k]
+    return []
 
 
 def some_prompts(count=7, seed=0):
@@ -184,9 +194,9 @@ class Forest(Oracle):
 
 
 @cache
-def another(seed=0, **overrides):
+def another(seed=0, gain=1.4, **overrides):
     """A model to draft with: of seed 0 somewhat like the targets, else unlike them."""
-    model = tiny(seed=seed, gain=1.4, **overrides)
+    model = tiny(seed=seed, gain=gain, **overrides)
     if seed == 0:
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -295,13 +305,13 @@ class Compared:
             fresh = self.fresh()
             fresh.attach(self.model)
             fresh.begin(*self.sizes)
-            got, wanted = logits_of(self.inner, state), logits_of(fresh, state)
+            got, wanted = (logits_of(x, state, fresh.depth) for x in (self.inner, fresh))
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
             self.compared += 1
         return self.lead.propose(state, k)
 
 
-def logits_of(drafter, state):
+def logits_of(drafter, state, depth):
     """What it would draw all its guesses from, (B, K, V)."""
     seen = []
 
@@ -309,7 +319,7 @@ def logits_of(drafter, state):
         seen.append(logits)
         return Draft(logits.argmax(-1))
 
-    drafter.propose(replace(state, draw=draw), drafter.depth)
+    drafter.propose(replace(state, draw=draw), depth)
     return torch.cat(seen, 1)
 
 
@@ -345,25 +355,94 @@ def test_proposals_are_those_of_a_fresh_copy_that_reads_from_the_start(
     assert texts(got) == truth and drafter.compared > 3
 
 
+@pytest.mark.parametrize("sizes", [(3, 1), (2, 2), (5, 3)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_lookups_are_those_of_a_search_through_the_whole_text(batch_size, sizes, device):
+    """Rows that are refilled, samples of one prompt, skipped steps; idle rows get no offers."""
+    offered = []
+
+    class Watched(PromptLookup):
+        def propose(self, state, k):
+            draft = super().propose(state, k)
+            for row, length in enumerate(state.length):
+                text = state.text[row, : length + 1].tolist()
+                wanted = rescanned(text, k, *sizes) if length > 1 else []  # 1: the row is idle
+                got = draft.tokens[row].tolist()
+                assert got in ([wanted] if wanted else [[], [-1] * k])
+                offered.append(bool(wanted))
+            return draft
+
+    prompts = [prompt + [1] for prompt in some_prompts()]
+    requests = [
+        *samples_of_one_prompt(4),
+        *(Request(prompt, 20, seed) for seed, prompt in enumerate(prompts)),
+    ]
+    drafter = Skipping(Watched(3, *sizes))
+    generate(target("linear", device), requests, drafter, Sampling(1.0), batch_size=batch_size)
+    assert any(offered) and not all(offered)
+
+
+@pytest.mark.parametrize(
+    ("text", "guesses"),
+    [
+        ([5, 1, 2, 3, 4, 5, 1, 2], [3, 4, 5, 1]),
+        ([1, 2, 9, 1, 2, 8, 1, 2], [8, 1, 2, 8]),  # the most recent; what ends is repeated
+        ([7, 1, 2, 9, 3, 1, 2, 8, 7, 1, 2], [9, 3, 1, 2]),  # the longest before the most recent
+        ([6, 4, 4, 4], [4, 4, 4, 4]),
+        ([1, 2, 3, 4], []),
+    ],
+)
+def test_lookup_offers_what_followed(text, guesses, device):
+    drafter = PromptLookup()
+    drafter.begin(1, len(text) + 12)
+    state = State(torch.tensor([text], device=device), [len(text) - 1], [0], None, None, None)
+    assert drafter.propose(state, 4).tokens.tolist() == [guesses]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_guesses_are_those_of_the_models_plain_forward(kind, device):
-    """Rows that are read, copied and refilled; each head through its own unembedding."""
-    model = tiny(kind, unembedding="replicated", gain=1.4).to(device)
+def test_a_draft_model_equal_to_the_target_is_right_every_time(kind, sampling, rule, device):
+    model, requests = target(kind, device), some_requests(stop=False)
+    drafter, sampling = DraftModel(model, 3), SAMPLINGS[sampling]
+    for completion in generate(model, requests, drafter, sampling, batch_size=3, rule=rule):
+        assert completion.steps == 3 and NEW == 1 + 3 * 4 - 1
+        assert completion.accepted == completion.drafted
+
+
+def test_a_draft_model_reads_a_shared_prompt_once_and_long_ones_alone(device, monkeypatch):
+    draft, reads = another(seed=2), []
+    read = draft.read
+    monkeypatch.setattr(draft, "read", lambda x, *rest: reads.append(x.shape) or read(x, *rest))
+    requests = [*samples_of_one_prompt(4), Request([3] * 40, 6), *samples_of_one_prompt(2)]
+    generate(target("linear", device), requests, DraftModel(draft, 3), batch_size=3)
+    assert reads.count((1, 9)) == reads.count((1, 40)) == 1
+    assert max(width for rows, width in reads if rows > 1) <= 4
+
+
+@pytest.mark.parametrize("vocabulary", [None, FEW])
+@pytest.mark.parametrize("unembedding", ["shared", "replicated"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_guesses_are_those_of_the_models_plain_forward(kind, unembedding, vocabulary, device):
+    """Rows that are read, copied and refilled; each head through its own unembedding; tokens that
+    are not to be guessed have no chance.
+    """
+    model = tiny(kind, unembedding=unembedding, gain=1.4).to(device)
+    others = sorted(set(range(VOCAB)) - set(vocabulary or range(VOCAB)))
     seen = []
 
     class Watched(OwnHeads):
         def propose(self, state, k):
-            logits = super().propose(
-                replace(state, draw=lambda logits, ahead=0: logits), self.depth
-            )
+            logits = logits_of(super(), state, self.depth)
             for text, length, got in zip(state.text, state.length, logits, strict=True):
-                heads = model(text[None, :length], return_all_heads=True)
-                torch.testing.assert_close(got, heads[0, -1, 1:], rtol=0, atol=1e-9)
+                wanted = model(text[None, :length], return_all_heads=True)[0, -1, 1:]
+                wanted[:, others] = -torch.inf
+                torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
                 seen.append(length)
             return super().propose(state, k)
 
     requests = [*samples_of_one_prompt(4), *some_requests(stop=False)[:2]]
-    generate(model, requests, Watched(), Sampling(1.0), batch_size=3)
+    generate(model, requests, Watched(vocabulary=vocabulary), Sampling(1.0), batch_size=3)
     assert len(set(seen)) > 5
 
 
@@ -471,22 +550,62 @@ def test_a_prompt_that_many_samples_share_is_read_once(batch_size, device, monke
     assert widths.count(len(requests[0].prompt)) == 1 and max(widths[1:]) <= N
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_decoded_texts_follow_the_models_law(rule, device):
-    """All 4^3 texts by enumeration, warped as the sampling says, against many seeds."""
-    model = tiny(vocab_size=4, dim=8, n_layers=4, n_future_tokens=3, gain=1.5).to(device)
-    prompt, sampling, count = [1, 2], Sampling(0.8, top_k=3), 1500
-    every = torch.tensor(list(itertools.product(range(4), repeat=3)), device=device)
+def law_of_texts(model, prompt, new, sampling):
+    """(V^new,) probabilities of all texts of `new` tokens, in the order of their digits."""
+    V, device = model.config.vocab_size, model.embedding.weight.device
+    every = torch.tensor(list(itertools.product(range(V), repeat=new)), device=device)
     rows = torch.cat([torch.tensor([prompt], device=device).expand(len(every), -1), every], 1)
     with torch.no_grad():
         steps = sampling.probs(model(rows))[:, len(prompt) - 1 : -1]
     law = steps.gather(-1, every[..., None]).prod(1)[:, 0].cpu()
     assert float(law.sum()) == pytest.approx(1)
+    return law
+
+
+def counts_of_texts(completions, new, vocab):
+    """(V^new,) how often each text began a completion."""
+    digits = torch.tensor([tokens[:new] for tokens in texts(completions)])
+    numbers = digits @ vocab ** torch.arange(new - 1, -1, -1)
+    return numbers.bincount(minlength=vocab**new)
+
+
+SMALL = {"dim": 8, "n_layers": 4, "n_future_tokens": 3, "gain": 1.5}
+GUESSERS = {
+    "heads": OwnHeads,
+    "few tokens": lambda: OwnHeads(vocabulary=[2, 0]),
+    "model": lambda: DraftModel(another(seed=3, vocab_size=4)),
+    "lookup": PromptLookup,
+}
+
+
+@pytest.mark.parametrize("drafter", GUESSERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_decoded_texts_follow_the_models_law(rule, drafter, device):
+    """All 4^3 texts by enumeration, warped as the sampling says, against many seeds."""
+    model = tiny(vocab_size=4, **SMALL).to(device)
+    prompt, sampling, count = [3, 0, 2, 1, 2], Sampling(0.8, top_k=3), 1500
+    law = law_of_texts(model, prompt, 3, sampling)
     requests = [Request(prompt, 3, seed) for seed in range(count)]
-    got = generate(model, requests, OwnHeads(), sampling, batch_size=250, rule=rule)
-    numbers = torch.tensor(texts(got)) @ torch.tensor([16, 4, 1])
-    assert p_value(*likely(numbers.bincount(minlength=64), law, 5 / count)) > FALSE_ALARM
+    got = generate(model, requests, GUESSERS[drafter](), sampling, batch_size=250, rule=rule)
+    counts = counts_of_texts(got, 3, 4)
+    assert p_value(*likely(counts, law, 5 / count)) > FALSE_ALARM
     assert sum(completion.accepted[0] for completion in got) > count / 20  # guesses took part
+
+
+@pytest.mark.parametrize("rule", ["exact", "block"])
+def test_the_law_holds_across_steps_that_guess_the_same_places_anew(rule, device):
+    """A verdict may look at guesses beyond those that stand: their noise must not come again. All
+    3^5 texts; more tokens are asked for, so that every step that decides them has full drafts. The
+    draft is surer than the target, so that much is refused.
+    """
+    model = tiny(vocab_size=3, seed=1, **SMALL | {"gain": 1.8}).to(device)
+    drafter = DraftModel(another(seed=21, gain=2.5, n_layers=4, vocab_size=3), depth=3)
+    sampling, count = Sampling(1.0), 4000
+    law = law_of_texts(model, [1, 2], 5, sampling)
+    requests = [Request([1, 2], 9, seed) for seed in range(count)]
+    got = generate(model, requests, drafter, sampling, batch_size=500, rule=rule)
+    counts = counts_of_texts(got, 5, 3)
+    assert p_value(*likely(counts, law, 5 / count)) > FALSE_ALARM
 
 
 def likely(counts, law, least):
@@ -690,6 +809,16 @@ def test_impossible_requests_are_refused_by_number(request_, words, device):
         ({"rule": "hope"}, "rule='hope' is unknown: allowed are match, exact, block"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"drafter": OwnHeads(4)}, "depth=4 exceeds the model's 3 extra heads"),
+        ({"drafter": OwnHeads(vocabulary=[0, VOCAB])}, "vocabulary has token ids outside 0..12"),
+        ({"drafter": OwnHeads(vocabulary=[-1, 2])}, "vocabulary has token ids outside 0..12"),
+        (
+            {"drafter": DraftModel(tiny(vocab_size=7))},
+            "the draft model has vocab_size=7, the target 13: they must be equal",
+        ),
+        (
+            {"drafter": DraftModel(tiny(max_seq_len=5))},
+            "texts of up to 6 tokens exceed the draft model's max_seq_len=5",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_by_name(arguments, words, device):
@@ -697,14 +826,37 @@ def test_impossible_settings_are_refused_by_name(arguments, words, device):
         generate(target("linear", device), [OK], **arguments)
 
 
-def test_unknown_drafter_is_refused():
-    with pytest.raises(ValueError, match="drafter='hope' is unknown: allowed are none, heads"):
-        make_drafter("hope")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: make_drafter("hope"),
+            "drafter='hope' is unknown: allowed are none, heads, model, lookup",
+        ),
+        (lambda: make_drafter("model"), "drafter=model needs draft="),
+        (lambda: make_drafter("heads", draft=another()), "drafter=heads takes no draft="),
+        (lambda: OwnHeads(0), "depth=0 must be at least 1"),
+        (lambda: OwnHeads(tree=0), "tree=0 must be at least 1"),
+        (lambda: DraftModel(another(), 0), "depth=0 must be at least 1"),
+        (lambda: PromptLookup(0), "depth=0 must be at least 1"),
+        (lambda: PromptLookup(longest=2, shortest=3), "shortest=3 .* at most longest=2"),
+        (lambda: PromptLookup(shortest=0), "shortest=0 must be at least 1"),
+        (lambda: OwnHeads(vocabulary=[1, 2, 1]), "vocabulary names a token twice"),
+        (lambda: OwnHeads(vocabulary=[]), "vocabulary .* at least one"),
+        (lambda: OwnHeads(vocabulary=[[1, 2]]), r"vocabulary has shape \(1, 2\)"),
+        (lambda: OwnHeads(vocabulary=[0.5]), "vocabulary .* type torch.float32"),
+    ],
+)
+def test_impossible_drafters_are_refused_by_name(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
-def test_depth_below_one_is_refused():
-    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
-        OwnHeads(0)
+@pytest.mark.parametrize("name", ["none", "heads", "lookup"])
+def test_drafters_have_words(name, device):
+    assert len(generate(target("linear", device), [OK], make_drafter(name))) == 1
+    draft = make_drafter("model", 2, draft=another())
+    assert (draft.depth, make_drafter("lookup", 7).depth) == (2, 7)
 
 
 def test_a_tree_of_nothing_is_refused():

@@ -14,6 +14,7 @@ import torch
 
 import mtp
 from mtp.hooks import read_jsonl
+from mtp.tokenizer import train_sentencepiece
 
 pytest.importorskip("hydra")
 
@@ -114,10 +115,22 @@ def generated(command, trained, *words):
 @pytest.mark.parametrize("sampling", [[], ["sampling.temperature=0.8", "samples=3", "seed=5"]])
 def test_drafting_changes_the_steps_and_not_the_text(sampling, trained, command):
     plain = generated(command, trained, "prompt='def '", *sampling)
-    drafted = generated(command, trained, "prompt='def '", "drafter=heads", *sampling)
-    assert plain.out == drafted.out and plain.out.startswith("def ")
-    assert "mean acceptance length 1.00" in plain.err
-    assert "mean acceptance length 1.00" not in drafted.err
+    assert plain.out.startswith("def ") and "mean acceptance length 1.00" in plain.err
+    model = ["drafter=model", f"draft={trained[0]}"]
+    for drafter in (["drafter=heads"], model, [*model, "depth=1"], ["drafter=lookup"]):
+        drafted = generated(command, trained, "prompt='def '", *drafter, *sampling)
+        assert plain.out == drafted.out
+        assert "mean acceptance length 1.00" not in drafted.err
+
+
+def test_a_draft_of_another_tokenizer_is_refused(trained, command, tmp_path):
+    """Its guesses would be silently worthless where the vocabularies are equally large."""
+    pytest.importorskip("sentencepiece")
+    lines = [f"def f{i}(self, value): return value + {i} * self.x\n" for i in range(300)]
+    other = train_sentencepiece(lines, tmp_path / "m.model", vocab_size=300)
+    mtp.save(mtp.load(trained[0]), tmp_path / "draft", other)
+    with pytest.raises(SystemExit, match="draft has another tokenizer than"):
+        generated(command, trained, "prompt=a", "drafter=model", f"draft={tmp_path}/draft")
 
 
 def test_samples_of_one_prompt_differ_and_seeds_repeat_them(trained, command):
@@ -249,14 +262,17 @@ def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, t
 @pytest.mark.parametrize(
     ("words", "say"),
     [
-        (["drafter=x"], "drafter='x' is unknown: allowed are none, heads"),
+        (["drafter=x"], "drafter='x' is unknown: allowed are none, heads, model, lookup"),
+        (["drafter=model"], "drafter=model needs draft="),
+        (["drafter=model", "draft=/nowhere"], "/nowhere is no checkpoint"),
+        (["drafter=lookup", "draft={run}"], "drafter=lookup takes no draft="),
         (["max_new_tokens=9999"], "max_seq_len is 256"),
         (["drafter=heads", "depth=9"], "depth=9 exceeds the model's 3 extra heads"),
     ],
 )
 def test_mistakes_in_generating_end_in_one_line(words, say, trained, command):
     with pytest.raises(SystemExit, match="^error: ") as caught:
-        generated(command, trained, "prompt=a", *words)
+        generated(command, trained, "prompt=a", *(word.format(run=trained[0]) for word in words))
     assert say in str(caught.value.code)
 
 
