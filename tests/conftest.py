@@ -42,14 +42,3 @@ def tiny(
                 noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.add_(noise * 0.2)
     return model
-
-
-def p_value(counts: torch.Tensor, law: torch.Tensor) -> float:
-    """Pearson's chi-square: how often counts this far from `law` (V,) or farther come from it."""
-    expected = law.double() * counts.sum()
-    assert not counts[law == 0].any(), "something came up that the law forbids"
-    possible = law > 0
-    assert (expected[possible] >= 5).all(), "too few draws for the chi-square law to hold"
-    statistic = ((counts - expected).square() / expected)[possible].sum()
-    freedom = (possible.sum() - 1).double()
-    return float(torch.special.gammaincc(freedom / 2, statistic / 2))

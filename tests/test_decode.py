@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import BLOCK_KINDS, KINDS, p_value, tiny
+from conftest import BLOCK_KINDS, KINDS, tiny
 
 import mtp.decode.contract
 import mtp.decode.loop
@@ -31,6 +31,7 @@ from mtp.decode.contract import (
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup, best_tree, make_drafter
 from mtp.decode.loop import Decoding, generate
 from mtp.decode.sampling import RULES, TARGET, Sampling
+from mtp.testing import assert_law, law_of_texts
 
 VOCAB, END, NEW, N = 13, 3, 12, 4
 GREEDY = Sampling()
@@ -39,7 +40,6 @@ SAMPLINGS = {
     "sampled": Sampling(1.0),
     "top-k": Sampling(0.7, top_k=5),
 }
-FALSE_ALARM = 1e-4  # of one chi-square test, were its seeds chosen anew; they are fixed
 
 
 @cache
@@ -550,26 +550,18 @@ def test_a_prompt_that_many_samples_share_is_read_once(batch_size, device, monke
     assert widths.count(len(requests[0].prompt)) == 1 and max(widths[1:]) <= N
 
 
-def law_of_texts(model, prompt, new, sampling):
-    """(V^new,) probabilities of all texts of `new` tokens, in the order of their digits."""
-    V, device = model.config.vocab_size, model.embedding.weight.device
-    every = torch.tensor(list(itertools.product(range(V), repeat=new)), device=device)
-    rows = torch.cat([torch.tensor([prompt], device=device).expand(len(every), -1), every], 1)
-    with torch.no_grad():
-        steps = sampling.probs(model(rows))[:, len(prompt) - 1 : -1]
-    law = steps.gather(-1, every[..., None]).prod(1)[:, 0].cpu()
-    assert float(law.sum()) == pytest.approx(1)
-    return law
+def next_law(model, sampling):
+    """Text -> the law of its next token."""
+
+    @torch.no_grad()
+    def probs(text):
+        device = model.embedding.weight.device
+        return sampling.probs(model(torch.tensor([text], device=device))[0, -1])
+
+    return probs
 
 
-def counts_of_texts(completions, new, vocab):
-    """(V^new,) how often each text began a completion."""
-    digits = torch.tensor([tokens[:new] for tokens in texts(completions)])
-    numbers = digits @ vocab ** torch.arange(new - 1, -1, -1)
-    return numbers.bincount(minlength=vocab**new)
-
-
-SMALL = {"dim": 8, "n_layers": 4, "n_future_tokens": 3, "gain": 1.5}
+SMALL = {"dim": 8, "n_layers": 4, "n_future_tokens": 3}
 GUESSERS = {
     "heads": OwnHeads,
     "few tokens": lambda: OwnHeads(vocabulary=[2, 0]),
@@ -583,13 +575,12 @@ GUESSERS = {
 def test_decoded_texts_follow_the_models_law(rule, drafter, device):
     """All 4^3 texts by enumeration, warped as the sampling says, against many seeds."""
     model = tiny(vocab_size=4, **SMALL).to(device)
-    prompt, sampling, count = [3, 0, 2, 1, 2], Sampling(0.8, top_k=3), 1500
-    law = law_of_texts(model, prompt, 3, sampling)
-    requests = [Request(prompt, 3, seed) for seed in range(count)]
+    prompt, sampling, draws = [3, 0, 2, 1, 2], Sampling(0.8, top_k=3), 1500
+    requests = [Request(prompt, 3, seed) for seed in range(draws)]
     got = generate(model, requests, GUESSERS[drafter](), sampling, batch_size=250, rule=rule)
-    counts = counts_of_texts(got, 3, 4)
-    assert p_value(*likely(counts, law, 5 / count)) > FALSE_ALARM
-    assert sum(completion.accepted[0] for completion in got) > count / 20  # guesses took part
+    law = law_of_texts(next_law(model, sampling), prompt, 3)
+    assert_law(lambda seed: got[seed].tokens, law, draws)
+    assert sum(completion.accepted[0] for completion in got) > draws / 20  # guesses took part
 
 
 @pytest.mark.parametrize("rule", ["exact", "block"])
@@ -598,25 +589,13 @@ def test_the_law_holds_across_steps_that_guess_the_same_places_anew(rule, device
     3^5 texts; more tokens are asked for, so that every step that decides them has full drafts. The
     draft is surer than the target, so that much is refused.
     """
-    model = tiny(vocab_size=3, seed=1, **SMALL | {"gain": 1.8}).to(device)
+    model = tiny(vocab_size=3, seed=1, gain=1.8, **SMALL).to(device)
     drafter = DraftModel(another(seed=21, gain=2.5, n_layers=4, vocab_size=3), depth=3)
-    sampling, count = Sampling(1.0), 4000
-    law = law_of_texts(model, [1, 2], 5, sampling)
-    requests = [Request([1, 2], 9, seed) for seed in range(count)]
+    sampling, draws = Sampling(1.0), 4000
+    requests = [Request([1, 2], 9, seed) for seed in range(draws)]
     got = generate(model, requests, drafter, sampling, batch_size=500, rule=rule)
-    counts = counts_of_texts(got, 5, 3)
-    assert p_value(*likely(counts, law, 5 / count)) > FALSE_ALARM
-
-
-def likely(counts, law, least):
-    """Put the outcomes that are too rare for a chi-square into one class."""
-    assert not counts[law == 0].any()
-    rare = (law < least) & (law > 0)
-    keep = law >= least
-    if not rare.any():
-        return counts[keep], law[keep]
-    pooled = torch.cat([counts[keep], counts[rare].sum()[None]])
-    return pooled, torch.cat([law[keep], law[rare].sum()[None]])
+    law = law_of_texts(next_law(model, sampling), [1, 2], 5)
+    assert_law(lambda seed: got[seed].tokens[:5], law, draws)
 
 
 @pytest.mark.parametrize("drafter", ["none", "heads", "oracle"])

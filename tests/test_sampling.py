@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import p_value
 
 import mtp.decode.sampling
 from mtp.decode.contract import Draft, Place
 from mtp.decode.sampling import ACCEPT, GUESS, RULES, TARGET, Match, Sampling, uniform
+from mtp.testing import p_value
 
 # Statistical tests have fixed seeds, so they always pass or always fail. FALSE_ALARM is how often
 # a correct library would fail one of them if its seeds or hash were chosen anew.
