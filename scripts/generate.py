@@ -3,8 +3,12 @@
 With drafter=heads the model drafts for itself, with drafter=model another one (`draft`), with
 drafter=lookup the text itself; the text is the same, in fewer steps. Prompts come from `prompt` or,
 one per line, from the file `prompts`. `--cfg job` prints every key.
+
+With check=true it says instead whether the checkpoint's heads are sound, on the text that its run
+held out or on given prompts; exit status 1 if they are not.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,11 +18,17 @@ import torch
 from omegaconf import MISSING
 
 import mtp
+from mtp import checkpoint
+from mtp.data import Batches, load_corpus
 from mtp.decode.drafters import make_drafter
+from mtp.decode.health import health
+from mtp.documents import DataConfig
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
 from scripts.cli import launch
+
+CHECKED_ROWS, CHECKED_TOKENS, CHECKED_NEW = 8, 256, 96  # a minute's work for a model of 100M
 
 
 @dataclass
@@ -36,12 +46,14 @@ class GenerateConfig:
     batch_size: int = 8
     precision: str = "float32"
     device: str = "auto"
+    check: bool = False
     sampling: mtp.Sampling = field(default_factory=mtp.Sampling)
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be at least 1")
-        if (self.prompt is None) == (self.prompts is None):
+        given = [x for x in (self.prompt, self.prompts) if x is not None]
+        if len(given) > 1 or not (given or self.check):
             raise ValueError("give either prompt=TEXT or prompts=FILE")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
@@ -54,26 +66,33 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from error
 
 
+def _load(config: GenerateConfig, checkpoint: str) -> tuple[mtp.Transformer, Tokenizer]:
+    device, dtype = find_device(config.device), PRECISIONS[config.precision]
+    return mtp.load(checkpoint, device, dtype), mtp.load_tokenizer(checkpoint)
+
+
 def _draft(config: GenerateConfig, tokenizer: Tokenizer) -> mtp.Transformer | None:
     """The model that drafts, if there is one."""
     if config.draft is None:
         return None
-    model = mtp.load(config.draft, find_device(config.device), PRECISIONS[config.precision])
-    if mtp.load_tokenizer(config.draft).fingerprint != tokenizer.fingerprint:
+    model, its_tokenizer = _load(config, config.draft)
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"draft={config.draft} has another tokenizer than {config.checkpoint}")
     return model
 
 
+def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
+    texts = _lines(Path(config.prompts)) if config.prompts else [str(config.prompt)]
+    return [tokenizer.encode(text) for text in texts]
+
+
 def complete(config: GenerateConfig) -> None:
-    torch.set_num_threads(1)  # rows of one step are too small to share
-    model = mtp.load(config.checkpoint, find_device(config.device), PRECISIONS[config.precision])
-    tokenizer = mtp.load_tokenizer(config.checkpoint)
-    texts = _lines(Path(config.prompts)) if config.prompts else [config.prompt]
+    model, tokenizer = _load(config, config.checkpoint)
     drafter = make_drafter(config.drafter, config.depth, _draft(config, tokenizer))
     seeds = range(config.seed, config.seed + config.samples)
     requests = [
         mtp.Request(ids, config.max_new_tokens, seed, mtp.stop_at(tokenizer.end_id))
-        for ids in (tokenizer.encode(str(text)) for text in texts)
+        for ids in _prompts(config, tokenizer)
         for seed in seeds
     ]
     started = time.perf_counter()
@@ -93,5 +112,41 @@ def complete(config: GenerateConfig) -> None:
     )
 
 
+def check(config: GenerateConfig) -> None:
+    model, tokenizer = _load(config, config.checkpoint)
+    longest = min(CHECKED_TOKENS, model.config.max_seq_len)
+    if config.prompt is None and config.prompts is None:
+        texts = _held_out(config.checkpoint, tokenizer, model.config.n_future_tokens, longest)
+        prompts = [text[: 1 + len(text) // 4] for text in texts]
+    else:
+        texts, prompts = None, [ids[: longest // 2] for ids in _prompts(config, tokenizer)]
+    new = min(CHECKED_NEW, model.config.max_seq_len - max(map(len, prompts)))
+    seen = health(model, prompts, texts, new)
+    print(seen.table())
+    print("\n".join(seen.findings) or "the heads are sound")
+    if seen.findings:
+        sys.exit(1)
+
+
+def _held_out(where: str, tokenizer: Tokenizer, n: int, longest: int) -> list[list[int]]:
+    """Rows of the text that a run was not trained on, without padding."""
+    written = checkpoint.find(where).parent.parent / "run.json"
+    if not written.is_file():
+        raise ValueError(
+            f"check=true finds no {written} that tells what was held out: "
+            f"give prompt=TEXT or prompts=FILE"
+        )
+    data = DataConfig(**json.loads(written.read_text(encoding="utf-8"))["data"])
+    corpus = load_corpus(data, tokenizer, held_out=True)
+    batch = next(Batches(corpus, data.seq_len, n, CHECKED_ROWS))
+    rows = [row[doc >= 0] for row, doc in zip(batch.row, batch.doc, strict=True)]
+    return [row[:longest].tolist() for row in rows if len(row) > n + 1]
+
+
+def main(config: GenerateConfig) -> None:
+    torch.set_num_threads(1)  # rows of one step are too small to share
+    (check if config.check else complete)(config)
+
+
 if __name__ == "__main__":
-    launch("generate", GenerateConfig, complete)
+    launch("generate", GenerateConfig, main)

@@ -147,6 +147,47 @@ def test_a_file_of_prompts_gives_a_text_per_line(trained, command, tmp_path):
     assert both == "".join(alone)
 
 
+# Checking heads.
+
+
+@pytest.fixture(scope="module")
+def sound(texts, tmp_path_factory):
+    """A run that learnt its text well enough for every head to know its place."""
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    words = [*SMALL, *texts, f"run_dir={folder}", "train.steps=150", "train.optim.lr=1e-2"]
+    done = shell("train", *words, "train.batch_size=8")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("words", [[], ["prompt='def a(self'"]])
+def test_sound_heads_are_called_sound(words, sound, command):
+    said = command("generate", f"checkpoint={sound}", "check=true", "device=cpu", *words).out
+    assert said.endswith("the heads are sound\n")
+    assert [line.split()[0] for line in said.splitlines()[:5]] == ["head", *"1234"]
+
+
+def test_heads_in_the_wrong_order_are_a_failure_in_words(sound, command, tmp_path, capsys):
+    model, tokenizer = mtp.load(sound), mtp.load_tokenizer(sound)
+    heads = model.heads.heads
+    heads[1], heads[3] = heads[3], heads[1]
+    mtp.save(model, tmp_path / "checkpoints" / "step-00000001", tokenizer)
+    (tmp_path / "run.json").write_text((sound / "run.json").read_text())
+    with pytest.raises(SystemExit) as caught:
+        command("generate", f"checkpoint={tmp_path}", "check=true", "device=cpu")
+    said = capsys.readouterr().out
+    assert caught.value.code == 1 and "sound" not in said
+    assert "head 2 predicts the token 4 ahead" in said and "wrong order" in said
+
+
+def test_a_checkpoint_without_its_run_is_checked_on_prompts_only(sound, command, tmp_path):
+    mtp.save(mtp.load(sound), tmp_path / "alone", mtp.load_tokenizer(sound))
+    words = [f"checkpoint={tmp_path}/alone", "check=true", "device=cpu"]
+    with pytest.raises(SystemExit, match="^error: .*run.json .* give prompt=TEXT or prompts=FILE"):
+        command("generate", *words)
+    assert "the heads are sound" in command("generate", *words, "prompt='def b(self'").out
+
+
 # Preparing.
 
 

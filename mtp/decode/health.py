@@ -39,6 +39,15 @@ class Health(NamedTuple):
     expected: Tensor
     findings: list[str]
 
+    def table(self) -> str:
+        lines = ["head  right  best at  guess stood  without caches"]
+        for i, hits in enumerate(self.hits):
+            line = f"{i + 1:4}  {hits[i]:5.0%}  {int(hits.argmax()) + 1:7}"
+            if i > 0:
+                line += f"  {self.decoded[i - 1]:11.0%}  {self.expected[i - 1]:14.0%}"
+            lines.append(line)
+        return "\n".join([*lines, f"the commonest token alone: {self.commonest:.0%}"])
+
 
 @torch.no_grad()
 def health(
