@@ -151,8 +151,8 @@ def _about_heads(right: Tensor, commonest: float, copies: dict[int, int]) -> Ite
                 yield f"{says}, {i + 1} ahead ({own:.0%}), but worse than others: it is untrained"
         elif own <= commonest:
             yield (
-                f"head {i + 1} is right about {own:.0%} of its tokens, as always guessing the "
-                f"commonest one would be about {commonest:.0%}: it is untrained"
+                f"head {i + 1} is right about {own:.0%} of its tokens, no more than the commonest "
+                f"token alone ({commonest:.0%}): it is untrained, or hardly trained"
             )
 
 
@@ -172,6 +172,6 @@ def _about_caches(own: Tensor, decoded: Tensor, expected: Tensor, allowed: float
     steps = float((decoded != expected).any(1).double().mean())
     if steps > allowed:
         yield (
-            f"in {steps:.0%} of the steps not the guesses stood that the heads make without "
+            f"in {steps:.0%} of the steps other guesses stood than the heads make without "
             f"caches: a cache of the heads is stale"
         )
