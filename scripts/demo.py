@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 import mtp
-from benchmarks.decode import DecodeConfig, Decoded, held_out_prompts, measure
+from benchmarks.demo_decode import DecodeConfig, Decoded, held_out_prompts, measure
 from benchmarks.pictures import heads_page, loss_curve
 from benchmarks.record import circumstances
 from benchmarks.timing import seconds
@@ -63,7 +63,7 @@ def main(words: list[str]) -> None:
     if progress.stopped:
         sys.exit("the demo was stopped; `make demo` starts it anew")
     model, tokenizer = mtp.load(folder), mtp.load_tokenizer(folder)
-    decoding = DecodeConfig(model=config.run_dir)
+    decoding = DecodeConfig()
     prompts = held_out_prompts(held_out, tokenizer, decoding.prompts, decoding.prompt_tokens)
     log.info("%d held-out prompts: plainly, with heads, and the plainest loop", len(prompts))
     figures, done = measure(model, prompts, decoding, report=said)

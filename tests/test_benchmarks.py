@@ -9,7 +9,7 @@ import torch
 from conftest import tiny
 
 from benchmarks.bare import bare_loop, plain_steps_against_bare, verify_cost
-from benchmarks.decode import DecodeConfig, held_out_prompts, measure, repetition
+from benchmarks.demo_decode import DecodeConfig, held_out_prompts, measure, repetition
 from benchmarks.pictures import COLOURS, heads_page, loss_curve
 from benchmarks.record import parse, record
 from benchmarks.timing import fastest_threads, ratio, spread

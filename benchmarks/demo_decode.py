@@ -1,41 +1,34 @@
-"""How much faster does a model decode when its own heads draft?
-
-    python -m benchmarks.decode model=runs/demo
+"""What `make demo` measures: how much faster does a model decode when its own heads draft?
 
 Plain and self-speculative decoding take turns on every prompt, in one process, batch 1, fp32, with
 the same noise, so that their texts must be equal; our plain greedy decoding and the plainest loop
 take turns at every step. The speedup is of all prompts' seconds, as the acceptance is of all
 prompts' steps; medians stand beside with quartiles, of speedups over prompts, of steps over all
 pairs. Greedy text of a small model runs into loops, which flatter its drafts or ruin them, so texts
-are sampled and the greedy figures stand beside. The last line is one JSON object.
+are sampled and the greedy figures stand beside. `benchmarks.decode` compares more decoders.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import mtp
 from benchmarks.bare import plain_steps_against_bare, verify_cost
-from benchmarks.record import parse, record
 from benchmarks.timing import fastest_threads, spread
-from mtp.data import DataConfig, Document, iter_documents
 from mtp.decode.contract import Completion, Drafter
+from mtp.documents import Document
 from mtp.model import Transformer
 from mtp.tokenizer import Tokenizer
 
 
 @dataclass
 class DecodeConfig:
-    model: str = "runs/demo"
     prompts: int = 16
     prompt_tokens: int = 128
     new_tokens: int = 256
@@ -145,18 +138,3 @@ def repetition(tokens: list[int], n: int = 16) -> float:
     """
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def main() -> None:
-    config = parse(DecodeConfig, sys.argv[1:])
-    model, tokenizer = mtp.load(config.model), mtp.load_tokenizer(config.model)
-    data = DataConfig(**json.loads((Path(config.model) / "run.json").read_text())["data"])
-    documents = list(iter_documents(data, held_out=True))
-    prompts = held_out_prompts(documents, tokenizer, config.prompts, config.prompt_tokens)
-    figures, _ = measure(model, prompts, config)
-    record("decode", figures, config)
-    print(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    main()
