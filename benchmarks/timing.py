@@ -13,11 +13,18 @@ import torch
 
 
 def seconds(call: Callable[[], object], times: int = 1) -> float:
-    """What `times` calls take."""
+    """What `times` calls take, with all that they left to a GPU."""
+    _wait()
     started = time.perf_counter()
     for _ in range(times):
         call()
+    _wait()
     return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int, burst: int = 1) -> float:

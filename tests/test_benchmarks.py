@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import tiny
 
-from benchmarks.bare import bare_loop, plain_steps_against_bare, verify_cost
+from benchmarks.bare import (
+    Columns,
+    bare_loop,
+    empty_caches,
+    next_latent,
+    plain_steps_against_bare,
+    ragged,
+    verify_cost,
+)
 from benchmarks.demo_decode import DecodeConfig, held_out_prompts, measure, repetition
 from benchmarks.pictures import COLOURS, heads_page, loss_curve
 from benchmarks.record import parse, record
@@ -34,7 +42,7 @@ def threads():
 
 @torch.inference_mode()
 def bare_text(model, prompt, new):
-    return list(bare_loop(model, prompt, new))
+    return [token for (token,) in bare_loop(model, [prompt], new)]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +55,28 @@ def test_the_bare_loop_writes_the_greedy_text(overrides, length):
     model = tiny(gain=2.0, **overrides)
     prompt = PROMPT[:length]
     assert bare_text(model, prompt, 40) == generate(model, [Request(prompt, 40)])[0].tokens
+
+
+def test_the_bare_loop_writes_the_greedy_texts_of_a_batch():
+    model, prompts = tiny(gain=2.0), [PROMPT, PROMPT[::-1]]
+    with torch.inference_mode():
+        texts = list(map(list, zip(*bare_loop(model, prompts, 20), strict=True)))
+    assert texts == [c.tokens for c in generate(model, [Request(p, 20) for p in prompts])]
+
+
+@torch.inference_mode()
+def test_verified_rows_of_different_lengths_see_their_own_text_only():
+    """Row 1 is verified a slot earlier than row 0."""
+    model, tokens = tiny(), torch.tensor([PROMPT, PROMPT[::-1]])
+    caches = empty_caches(model, model.next_layers, 2, 8)
+    rotation = model.rotary(torch.arange(8))
+    next_latent(model, tokens, caches, Columns((slice(None), slice(0, 8)), 8, rotation))
+    columns, text = torch.tensor([[10, 11], [12, 10]]), tokens.clone()
+    found, _ = next_latent(model, columns, caches, ragged(model, 6, rows=2, width=2))
+    for row, start in enumerate((6, 5)):
+        text[row, start : start + 2] = columns[row]
+        logits = model(text[row : row + 1, : start + 2])[:, start:]
+        assert torch.allclose(model.logits(found[row]), logits[0])
 
 
 def test_the_bare_loop_reads_one_token_per_step(monkeypatch):
@@ -62,12 +92,13 @@ def test_our_steps_and_the_bare_loops_take_turns_over_one_text(monkeypatch):
     model = tiny(gain=2.0)
     pairs, same = plain_steps_against_bare(model, PROMPT, 6)
     assert len(pairs) == 5 and min(pairs) > 0 and same
-    monkeypatch.setattr("benchmarks.bare.bare_loop", lambda model, prompt, new: iter([0] * new))
+    monkeypatch.setattr("benchmarks.bare.bare_loop", lambda model, prompts, new: iter([[0]] * new))
     assert not plain_steps_against_bare(model, PROMPT, 6)[1]
 
 
-def test_a_verifying_step_has_a_cost():
-    assert verify_cost(tiny().float(), cached=8, repeats=3) > 0
+@pytest.mark.parametrize("case", [{}, {"rows": 3}, {"width": 7}, {"width": 2, "heads": 2}], ids=str)
+def test_a_verifying_step_has_a_cost(case):
+    assert verify_cost(tiny().float(), cached=8, repeats=3, **case) > 0
 
 
 def test_ratios_compare_two_calls_in_turns(monkeypatch):
@@ -140,7 +171,7 @@ def test_measured_figures_add_up_to_what_was_decoded(threads):
 def test_another_text_is_never_called_identical(threads, monkeypatch):
     torch.set_num_threads(1)
     model = tiny().float()
-    monkeypatch.setattr("benchmarks.bare.bare_loop", lambda model, prompt, new: iter([0] * new))
+    monkeypatch.setattr("benchmarks.bare.bare_loop", lambda model, prompts, new: iter([[0]] * new))
     config = DecodeConfig(prompt_tokens=8, new_tokens=4, bare_tokens=4)
     assert not measure(model, [PROMPT], config)[0]["identical"]
 
