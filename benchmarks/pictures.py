@@ -5,7 +5,7 @@ what.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,37 @@ def memory_panels(cases: Sequence[dict[str, Any]], path: Path) -> None:
     figure.supylabel("GiB above parameters and gradients", fontsize=10)
     lines = grid.flat[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside upper center", ncols=6, frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def decode_panels(found: Mapping[int, Mapping[str, dict[str, Any]]], path: Path) -> None:
+    """A panel per batch size: tokens per second of every contender, ours in blue, and its speedup
+    over the first one with quartiles.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (7.5, 0.6 + sum(0.6 + 0.26 * len(of_all) for of_all in found.values()))
+    ratios = {"height_ratios": [2 + len(of_all) for of_all in found.values()]}
+    figure, grid = plt.subplots(
+        len(found), figsize=size, dpi=110, squeeze=False, gridspec_kw=ratios, layout="constrained"
+    )
+    for axes, (rows, of_all) in zip(grid.flat, found.items(), strict=True):
+        plain = next(iter(of_all.values()))["tokens_per_second"]
+        for name, f in of_all.items():
+            speed, (low, high) = f["tokens_per_second"], f["speedup_iqr"]
+            axes.barh(name, speed, color="C0" if f["ours"] else "0.6", height=0.7)
+            axes.plot([low * plain, high * plain], [name, name], color="0.2", lw=1.2)
+            axes.text(0, name, f" {f['speedup']:.2f}", va="center", color="white", fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(f"batch {rows}", fontsize=10, loc="left")
+        axes.tick_params(labelsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.supxlabel("tokens per second; in the bars the speedup, lines its quartiles", fontsize=9)
     figure.savefig(path)
     plt.close(figure)
 

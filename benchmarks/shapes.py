@@ -1,5 +1,5 @@
 """Model shapes by name: the paper's, read without a YAML library, since a machine may have only
-torch, and a small one.
+torch, and two small ones.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from benchmarks.record import ROOT
 from mtp.model import ModelConfig
 
 SMALL = ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=32768, max_seq_len=2048)
+OWN = {
+    "small": SMALL,
+    "20m": ModelConfig(dim=384, n_layers=12, n_heads=6, n_future_tokens=4, max_seq_len=2048),
+}
 
 
 def shape(name: str) -> ModelConfig:
-    """`small`, or a file of configs/model/, whose lines are `key: integer` and comments."""
+    """One of `OWN`, or a file of configs/model/, whose lines are `key: integer` and comments."""
     files = {file.stem: file for file in (ROOT / "configs" / "model").glob("*.yaml")}
-    if name == "small":
-        return SMALL
+    if name in OWN:
+        return OWN[name]
     if name not in files:
-        allowed = ", ".join(["small", *sorted(files)])
+        allowed = ", ".join([*OWN, *sorted(files)])
         raise ValueError(f"shape {name!r} is unknown: allowed are {allowed}")
     lines = (line.partition("#")[0] for line in files[name].read_text().splitlines())
     pairs = (line.split(":") for line in lines if line.strip())

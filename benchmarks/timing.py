@@ -54,3 +54,10 @@ def fastest_threads(call: Callable[[], object]) -> int:
         torch.set_num_threads(threads)
         times[threads] = min(seconds(call) for _ in range(3))
     return min(times, key=lambda threads: times[threads])
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
+    """Bytes per second that copying `size` bytes reads and writes. Median of nine."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = source.clone()
+    return 2 * size / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(9))

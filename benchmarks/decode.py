@@ -1,0 +1,392 @@
+"""Every way to decode, side by side: same weights, same prompts, one process, in turns.
+
+    python -m benchmarks.decode model=runs/bytes8
+    python -m benchmarks.decode model=runs/bytes8 draft=runs/small precision=bfloat16
+    python -m benchmarks.decode model=20m
+
+`model` is a run or checkpoint, whose held-out text gives the prompts, or the name of a shape: then
+weights and prompts are random, and times mean something, acceptance nothing. Texts are greedy, all
+to their full length. Ours stand beside the plainest cached loop (`benchmarks.bare`) and, where it
+is installed, transformers' `generate` with its own defaults (`benchmarks.peers`), which takes
+drafts at batch 1 only. `draft` is a checkpoint of a smaller model with the same vocabulary.
+
+Every contender decodes every batch of prompts in every round, in an order that moves on each time
+and turns round in every other round. A contender's time is the sum over batches of its median over
+rounds, prompts included; `speedup` is over our plain decoding, with quartiles of the ratios of
+times within a turn. Acceptance length is new tokens per pass (transformers' drafted passes include
+the prompt's); that on text is teacher-forced over held-out rows: how many guesses head 1 would
+choose itself. `verify_cost` is of bare forwards as wide as the contender's pass, and `efficiency` =
+speedup x verify_cost / acceptance length: 1 where nothing is lost beside the passes themselves.
+
+A text that leaves the reference, our plain one at the first batch size, does so at a near-tie where
+the two best logits at the first difference, read anew, are nearer than NEAR. The last line is one
+JSON object; heads stand there at full depth and at the first batch size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import mtp
+from benchmarks.bare import bare_loop, verify_cost
+from benchmarks.demo_decode import repetition
+from benchmarks.peers import Peer, llama
+from benchmarks.pictures import decode_panels
+from benchmarks.record import parse, record
+from benchmarks.shapes import shape
+from benchmarks.texts import Judge, OnText, on_text, rows_of
+from benchmarks.timing import copy_bandwidth, fastest_threads, seconds, spread
+from mtp.data import DataConfig, iter_documents
+from mtp.decode.drafters import OwnHeads
+from mtp.model import Transformer
+from mtp.run import find_device
+from mtp.train import PRECISIONS
+
+NODES = 16  # of the tree
+LOOKUP = 10  # tokens that prompt lookup copies
+NEAR = {"float32": 1e-3, "bfloat16": 0.25}  # logits that rounding may put in another order
+QUIET = 0.5  # load at the start
+STEADY = 0.1  # of its time, how far a contender's rounds may lie apart
+PLAIN, BARE, THEIRS = "plain", "bare loop", "transformers"
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass
+class DecodeConfig:
+    """batch: sizes, the reference first. prompts: decoded at each batch size, or one batch.
+    texts: held-out rows of prompt_tokens + new_tokens for the teacher-forced figures. name: of the
+    files written.
+    """
+
+    model: str = "runs/bytes8"
+    draft: str = ""
+    batch: str = "1,8"
+    precision: str = "float32"
+    prompts: int = 16
+    prompt_tokens: int = 128
+    new_tokens: int = 256
+    rounds: int = 3
+    texts: int = 64
+    device: str = "auto"
+    name: str = "decode"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+        if not all(size.isdecimal() and int(size) for size in self.batch.split(",")):
+            raise ValueError(f"batch={self.batch!r}: allowed are numbers from 1 on, as in 1,8")
+
+    @property
+    def sizes(self) -> list[int]:
+        return [int(size) for size in self.batch.split(",")]
+
+    @property
+    def needed(self) -> int:
+        """How many prompts."""
+        return max(self.prompts, *self.sizes)
+
+    def groups(self, prompts: Prompts, rows: int) -> list[Prompts]:
+        whole = max(self.prompts, rows) // rows * rows
+        return [prompts[i : i + rows] for i in range(0, whole, rows)]
+
+
+# Contenders.
+
+
+class Decoded(NamedTuple):
+    """steps: passes, each row's counted. drafted, accepted: at each depth, as in `Completion`."""
+
+    texts: list[list[int]]
+    steps: int
+    drafted: list[int]
+    accepted: list[int]
+
+
+Contender = Callable[[Prompts, int], Decoded]
+
+
+def ours(model: Transformer) -> dict[str, dict[str, Any]]:
+    """Words of `generate`; a new way to decode is one line."""
+    deepest = model.extra_heads
+    return {
+        PLAIN: {},
+        **{heads(k): {"drafter": OwnHeads(k)} for k in range(1, deepest + 1)},
+        f"tree of {NODES}": {"drafter": OwnHeads(tree=NODES)},
+    }
+
+
+def heads(depth: int) -> str:
+    return f"{depth} head{'s' * (depth > 1)}"
+
+
+def decode_ours(model: Transformer, words: dict[str, Any], prompts: Prompts, new: int) -> Decoded:
+    requests = [mtp.Request(prompt, new) for prompt in prompts]
+    done = mtp.generate(model, requests, batch_size=len(prompts), **words)
+    drafted, accepted = (_sums(getattr(c, key) for c in done) for key in ("drafted", "accepted"))
+    return Decoded([c.tokens for c in done], sum(c.steps for c in done), drafted, accepted)
+
+
+@torch.inference_mode()
+def decode_bare(model: Transformer, prompts: Prompts, new: int) -> Decoded:
+    texts = [list(text) for text in zip(*bare_loop(model, prompts, new), strict=True)]
+    return Decoded(texts, (new - 1) * len(prompts), [], [])
+
+
+def decode_peer(peer: Peer, prompts: Prompts, new: int) -> Decoded:
+    """It does not say at which depth it accepts."""
+    texts, steps = peer(prompts, new), peer.passes * len(prompts)
+    return Decoded(texts, steps, [], [new * len(prompts) - steps])
+
+
+def peers(model: Transformer, draft: Transformer | None) -> dict[str, Peer]:
+    """transformers', none where it is not installed."""
+    if find_spec("transformers") is None:
+        print("transformers is not installed: its decoding is left out", file=sys.stderr)
+        return {}
+    found = {THEIRS: Peer(model)}
+    found[f"{THEIRS}, prompt lookup"] = Peer(model, prompt_lookup_num_tokens=LOOKUP)
+    if draft is not None:
+        found[f"{THEIRS}, draft model"] = Peer(model, assistant_model=llama(draft))
+    return found
+
+
+def contenders(
+    model: Transformer, mine: Mapping[str, dict[str, Any]], theirs: Mapping[str, Peer], rows: int
+) -> dict[str, Contender]:
+    return {
+        **{name: partial(decode_ours, model, words) for name, words in mine.items()},
+        BARE: partial(decode_bare, model),
+        **{
+            name: partial(decode_peer, peer)
+            for name, peer in theirs.items()
+            if rows == 1 or not peer.options  # they take drafts for single texts only
+        },
+    }
+
+
+def _sums(rows: Iterable[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip_longest(*rows, fillvalue=0)]
+
+
+# Turns.
+
+
+class Turns(NamedTuple):
+    """Of every contender, for each group of prompts: seconds of each round, and what came out."""
+
+    took: dict[str, list[list[float]]]
+    done: dict[str, list[Decoded]]
+
+
+def take_turns(
+    found: Mapping[str, Contender], groups: Sequence[Prompts], new: int, rounds: int
+) -> Turns:
+    took: dict[str, list[list[float]]] = {name: [[] for _ in groups] for name in found}
+    done: dict[str, list[Decoded]] = {name: [] for name in found}
+
+    def turn(name: str, group: int) -> None:
+        done[name][group:] = [found[name](groups[group], new)]
+
+    names = list(found)
+    for i in range(rounds):
+        for group in range(len(groups)):
+            first = (i + group) % len(names)
+            order = [*names[first:], *names[:first]]
+            for name in order[::-1] if i % 2 else order:
+                took[name][group].append(seconds(partial(turn, name, group)))
+    return Turns(took, done)
+
+
+def figures(turns: Turns, name: str) -> dict[str, Any]:
+    """Of one contender at one batch size: what its turns alone say."""
+    done, medians = turns.done[name], [statistics.median(x) for x in turns.took[name]]
+    base = sum(statistics.median(x) for x in turns.took[PLAIN])
+    pairs = zip(chain(*turns.took[PLAIN]), chain(*turns.took[name]), strict=True)
+    steps, rows = sum(d.steps for d in done), len(done[0].texts)
+    drafted, accepted = _sums(d.drafted for d in done), _sums(d.accepted for d in done)
+    return {
+        "tokens_per_second": sum(len(t) for d in done for t in d.texts) / sum(medians),
+        "speedup": base / sum(medians),
+        "speedup_iqr": spread([plain / own for plain, own in pairs]),
+        "step_seconds": sum(medians) * rows / steps,
+        "acceptance_length": 1 + sum(accepted) / steps,
+        "acceptance": [a / max(1, d) for a, d in zip(accepted, drafted, strict=False)],
+        "repetition": statistics.mean(repetition(t) for d in done for t in d.texts),
+        "rounds_apart": statistics.median(
+            (max(x) - min(x)) / m for x, m in zip(turns.took[name], medians, strict=True)
+        ),
+    }
+
+
+def against_ideal(
+    model: Transformer, drafter: OwnHeads, speedup: float, length: float, cached: int, rows: int
+) -> dict[str, float]:
+    """What the pass of own heads at a fixed depth costs, and what was made of it."""
+    width, used = 1 + drafter.nodes, 1 + drafter.depth
+    cost = verify_cost(model, cached, rows=rows, width=width, heads=used)
+    return {"verify_cost": cost, "efficiency": speedup * cost / length}
+
+
+def on_held_out(drafter: OwnHeads, text: OnText) -> dict[str, Any]:
+    shares = (text.tree if drafter.tree else text.chain)[: drafter.depth]
+    return {"acceptance_length_text": 1 + sum(shares), "acceptance_text": shares}
+
+
+# All of it.
+
+Figures = dict[int, dict[str, dict[str, Any]]]  # batch size -> contender -> its figures
+
+
+def compare(
+    model: Transformer,
+    prompts: Prompts,
+    config: DecodeConfig,
+    theirs: Mapping[str, Peer],
+    text: OnText | None,
+) -> Figures:
+    judge, found, mine = Judge(model, prompts, NEAR[config.precision]), {}, ours(model)
+    for rows in config.sizes:
+        groups, some = config.groups(prompts, rows), contenders(model, mine, theirs, rows)
+        brief = partial(take_turns, some, groups[:1], min(32, config.new_tokens), 1)
+        brief()  # warms up
+        if model.embedding.weight.device.type == "cpu":
+            torch.set_num_threads(fastest_threads(brief))
+        turns = take_turns(some, groups, config.new_tokens, config.rounds)
+        found[rows] = {name: figures(turns, name) for name in some}
+        for name, f in found[rows].items():
+            f |= {"ours": name in mine, "threads": torch.get_num_threads()}
+            f |= judge([t for d in turns.done[name] for t in d.texts])
+        for name, drafter in at_fixed_depth(mine).items():
+            f, cached = found[rows][name], config.prompt_tokens + config.new_tokens // 2
+            gained = f["speedup"], f["acceptance_length"]
+            f |= against_ideal(model, drafter, *gained, cached, rows)
+            f |= on_held_out(drafter, text) if text else {}
+    return found
+
+
+def at_fixed_depth(mine: Mapping[str, dict[str, Any]]) -> dict[str, OwnHeads]:
+    """Those of our contenders of which one knows what a step reads."""
+    drafters = {name: w["drafter"] for name, w in mine.items() if w.keys() == {"drafter"}}
+    return {name: d for name, d in drafters.items() if isinstance(d, OwnHeads)}
+
+
+def disturbances(load: float, found: Figures) -> list[str]:
+    """What speaks against these times."""
+    said = [f"the load was {load:.2f} at the start"] if load > QUIET else []
+    return said + [
+        f"{name} at batch {rows}: its rounds lie {f['rounds_apart']:.0%} apart"
+        for rows, of_all in found.items()
+        for name, f in of_all.items()
+        if f["rounds_apart"] > STEADY
+    ]
+
+
+def bandwidth_limit(model: Transformer, found: Figures) -> dict[str, Any]:
+    """A plain step reads the weights of trunk, head 1 and unembedding, once for all rows: its time
+    at the bandwidth of a copy, over what it took.
+    """
+    parts = [*model.trunk, model.heads.heads[0], model.norm]
+    weights = [model.output.weights[0], *(w for part in parts for w in part.parameters())]
+    read, rate = sum(w.nbytes for w in weights), copy_bandwidth(weights[0].device)
+    of_limit = {rows: read / rate / f[PLAIN]["step_seconds"] for rows, f in found.items()}
+    return {"bytes_read": read, "bytes_per_second": rate, "of_limit": of_limit}
+
+
+def summary(found: Figures, deepest: int) -> dict[str, Any]:
+    """Heads at full depth; only our own texts are called identical or not."""
+    first, *_ = found.values()
+    drafted = {rows: f[heads(deepest)] for rows, f in found.items()}
+    own = [f for of_all in found.values() for f in of_all.values() if f["ours"]]
+    at_first, theirs = first[heads(deepest)], first.get(THEIRS)
+    return {
+        "identical": not any(f["near_ties"] + f["other_texts"] for f in own),
+        "near_ties": sum(f["near_ties"] for f in own),
+        "other_texts": sum(f["other_texts"] for f in own),
+        "acceptance_length_text": at_first.get("acceptance_length_text"),
+        "acceptance_length": at_first["acceptance_length"],
+        "heads_speedup": at_first["speedup"],
+        "verify_cost": at_first["verify_cost"],
+        "efficiency": at_first["efficiency"],
+        "efficiency_b8": drafted[8]["efficiency"] if 8 in drafted else None,
+        "ours_ar_over_transformers_ar": theirs and 1 / theirs["speedup"],
+        "ours_ar_over_bare_loop": 1 / first[BARE]["speedup"],
+        "speedup_by_batch": {rows: f["speedup"] for rows, f in drafted.items()},
+    }
+
+
+def table(of_all: Mapping[str, dict[str, Any]]) -> str:
+    lines = [
+        f"{'':>27} tokens/s speedup    (quartiles)  length  on text   cost  efficiency"
+        f"  same text  near-ties  accepted at each depth"
+    ]
+    for name, f in of_all.items():
+        low, high = f["speedup_iqr"]
+        texts = f["same_texts"] + f["near_ties"] + f["other_texts"]
+        on_text, cost, efficiency = (
+            f"{f[key]:.2f}" if key in f else "-"
+            for key in ("acceptance_length_text", "verify_cost", "efficiency")
+        )
+        lines.append(
+            f"{name:>27} {f['tokens_per_second']:8,.0f} {f['speedup']:7.2f}"
+            f" ({low:6.2f},{high:6.2f}) {f['acceptance_length']:7.2f} {on_text:>8} {cost:>6}"
+            f" {efficiency:>11} {f['same_texts']:>7}/{texts:<3}{f['near_ties']:>8}   "
+            + " ".join(f"{share:.2f}" for share in f["acceptance"])
+        )
+    return "\n".join(lines)
+
+
+def prepare(
+    config: DecodeConfig, device: torch.device
+) -> tuple[Transformer, list[list[int]], OnText | None]:
+    """The model, its prompts and, if it is trained, what its heads foresee of held-out text."""
+    dtype = PRECISIONS[config.precision]
+    if not Path(config.model).exists():
+        generator = torch.Generator(device).manual_seed(0)
+        with device:
+            model = Transformer(shape(config.model), generator).to(dtype)
+        vocabulary, size = model.config.vocab_size, (config.needed, config.prompt_tokens)
+        return model, torch.randint(vocabulary, size, generator=torch.Generator()).tolist(), None
+    model, tokenizer = mtp.load(config.model, device, dtype), mtp.load_tokenizer(config.model)
+    data = DataConfig(**json.loads((Path(config.model) / "run.json").read_text())["data"])
+    count, length = max(config.texts, config.needed), config.prompt_tokens + config.new_tokens
+    rows = rows_of(iter_documents(data, held_out=True), tokenizer, count, length)
+    text = on_text(model, rows, NODES)
+    chosen = [rows[i * count // config.needed] for i in range(config.needed)]
+    return model, [row[: config.prompt_tokens] for row in chosen], text
+
+
+def run(config: DecodeConfig) -> dict[str, Any]:
+    load, device = os.getloadavg()[0], find_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    model, prompts, text = prepare(config, device)
+    if model.config.head != "transformer" or not model.extra_heads:
+        raise ValueError(f"model={config.model!r}: the bare loop reads two or more block heads")
+    draft = mtp.load(config.draft, device, PRECISIONS[config.precision]) if config.draft else None
+    found = compare(model, prompts, config, peers(model, draft), text)
+    for rows, of_all in found.items():
+        print(f"\n{config.model}, {config.precision}, batch {rows}\n{table(of_all)}")
+    values = summary(found, model.extra_heads)
+    values |= {"bandwidth": bandwidth_limit(model, found), "disturbed": disturbances(load, found)}
+    path = record(config.name, values | {"load_before": round(load, 2), "batches": found}, config)
+    try:
+        decode_panels(found, path.with_suffix(".png"))
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return values
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(parse(DecodeConfig, sys.argv[1:]))))
