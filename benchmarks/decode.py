@@ -66,8 +66,8 @@ Prompts = Sequence[Sequence[int]]
 @dataclass
 class DecodeConfig:
     """batch: sizes, the reference first. prompts: decoded at each batch size, or one batch.
-    texts: held-out rows of prompt_tokens + new_tokens for the teacher-forced figures. name: of the
-    files written.
+    texts: held-out rows of prompt_tokens + new_tokens for the teacher-forced figures. pairs: of
+    bare forwards behind a `verify_cost`. name: of the files written.
     """
 
     model: str = "runs/bytes8"
@@ -79,6 +79,7 @@ class DecodeConfig:
     new_tokens: int = 256
     rounds: int = 3
     texts: int = 64
+    pairs: int = 30
     device: str = "auto"
     name: str = "decode"
 
@@ -230,13 +231,11 @@ def figures(turns: Turns, name: str) -> dict[str, Any]:
     }
 
 
-def against_ideal(
-    model: Transformer, drafter: OwnHeads, speedup: float, length: float, cached: int, rows: int
-) -> dict[str, float]:
-    """What the pass of own heads at a fixed depth costs, and what was made of it."""
+def ideal_cost(model: Transformer, drafter: OwnHeads, config: DecodeConfig, rows: int) -> float:
+    """Of the pass of own heads at a fixed depth, in plain steps and without a decoder."""
+    cached = config.prompt_tokens + config.new_tokens // 2
     width, used = 1 + drafter.nodes, 1 + drafter.depth
-    cost = verify_cost(model, cached, rows=rows, width=width, heads=used)
-    return {"verify_cost": cost, "efficiency": speedup * cost / length}
+    return verify_cost(model, cached, config.pairs, rows=rows, width=width, heads=used)
 
 
 def on_held_out(drafter: OwnHeads, text: OnText) -> dict[str, Any]:
@@ -269,9 +268,9 @@ def compare(
             f |= {"ours": name in mine, "threads": torch.get_num_threads()}
             f |= judge([t for d in turns.done[name] for t in d.texts])
         for name, drafter in at_fixed_depth(mine).items():
-            f, cached = found[rows][name], config.prompt_tokens + config.new_tokens // 2
-            gained = f["speedup"], f["acceptance_length"]
-            f |= against_ideal(model, drafter, *gained, cached, rows)
+            f, cost = found[rows][name], ideal_cost(model, drafter, config, rows)
+            efficiency = f["speedup"] * cost / f["acceptance_length"]
+            f |= {"verify_cost": cost, "efficiency": efficiency}
             f |= on_held_out(drafter, text) if text else {}
     return found
 

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Memory and speed of the paper's 300M, 1.3B and 6.7B shapes in bf16 on one data-centre GPU, in less
-# than ten minutes:
+# Training and decoding at the paper's shapes in bf16 on one data-centre GPU, each in less than ten
+# minutes:
 #
-#     benchmarks/gpu.sh
+#     benchmarks/gpu.sh            # both
+#     benchmarks/gpu.sh train      # memory and time of a training step: 300M, 1.3B, 6.7B
+#     benchmarks/gpu.sh decode     # every way to decode: 1.3B, random weights, for what it costs
+#     RUN=runs/bytes8 benchmarks/gpu.sh decode   # a trained model too, for what is accepted
 #     QUICK=1 RESULTS=/tmp benchmarks/gpu.sh     # toy sizes, anywhere, to try the script
 #
 # It needs this checkout and a Python (PYTHON, by default python3) with torch and what ships beside
@@ -36,21 +39,36 @@ part() {
     summary+=$'\n'"$file ($((SECONDS - started)) s): $line"
 }
 
-if [[ -n ${QUICK:-} ]]; then
-    part "train_memory_$gpu" 60 benchmarks.train_memory shapes=small dtypes=float32
-    part "train_speed_${gpu}_1m" 60 benchmarks.train_speed shape=1m seq_len=16 pairs=2
-else
-    speed="benchmarks.train_speed device=cuda seq_len=2048"
-    part "train_memory_$gpu" 200 benchmarks.train_memory shapes=300m,1.3b,6.7b dtypes=bfloat16
-    part "train_speed_${gpu}_300m" 100 $speed shape=300m batch_size=8 precision=bfloat16 pairs=15
-    part "train_speed_${gpu}_1.3b" 120 $speed shape=1.3b batch_size=4 precision=bfloat16 pairs=11
-    part "train_speed_${gpu}_6.7b" 160 $speed shape=6.7b batch_size=2 precision=pure_bfloat16 pairs=7
-fi
+for what in ${@:-train decode}; do
+    case "${QUICK:+quick }$what" in
+        train)
+            speed="benchmarks.train_speed device=cuda seq_len=2048"
+            part "train_memory_$gpu" 200 benchmarks.train_memory shapes=300m,1.3b,6.7b dtypes=bfloat16
+            part "train_speed_${gpu}_300m" 100 $speed shape=300m batch_size=8 precision=bfloat16 pairs=15
+            part "train_speed_${gpu}_1.3b" 120 $speed shape=1.3b batch_size=4 precision=bfloat16 pairs=11
+            part "train_speed_${gpu}_6.7b" 160 $speed shape=6.7b batch_size=2 precision=pure_bfloat16 pairs=7
+            ;;
+        decode)
+            decode="benchmarks.decode device=cuda precision=bfloat16 batch=1,8,64 new_tokens=128"
+            part "decode_${gpu}_1.3b" 300 $decode model=1.3b prompts=1
+            [[ -z ${RUN:-} ]] || part "decode_${gpu}_$(basename "$RUN")" 280 $decode "model=$RUN" prompts=4
+            ;;
+        "quick train")
+            part "train_memory_$gpu" 60 benchmarks.train_memory shapes=small dtypes=float32
+            part "train_speed_${gpu}_1m" 60 benchmarks.train_speed shape=1m seq_len=16 pairs=2
+            ;;
+        "quick decode")
+            part "decode_${gpu}_1m" 60 benchmarks.decode model=1m batch=1 prompts=1 prompt_tokens=8 \
+                new_tokens=8 rounds=1 pairs=1
+            ;;
+        *) echo "error: $what is unknown: allowed are train, decode" >&2; exit 1 ;;
+    esac
+done
 cat <<END
 
-Summary ($gpu, $SECONDS s). Every step is forward, loss and backward; no part keeps optimizer state.
-Speed: autocast over fp32 parameters, but for 6.7B, whose parameters and gradients are bf16: in fp32
-and with AdamW's two moments they would take 108 GB.
+Summary ($gpu, $SECONDS s). Every training step is forward, loss and backward; no part keeps optimizer
+state. Its speed: autocast over fp32 parameters, but for 6.7B, whose parameters and gradients are
+bf16: in fp32 and with AdamW's two moments they would take 108 GB.
 $summary
 END
 exit "$failed"

@@ -40,7 +40,7 @@ KEYS = {
     *("efficiency_b8", "ours_ar_over_transformers_ar", "ours_ar_over_bare_loop"),
     "speedup_by_batch",
 }
-TOY = DecodeConfig(prompts=2, prompt_tokens=8, new_tokens=6, rounds=2, batch="1,2")
+TOY = DecodeConfig(prompts=2, prompt_tokens=8, new_tokens=6, rounds=2, pairs=2, batch="1,2")
 
 
 def model(**overrides):
@@ -49,9 +49,8 @@ def model(**overrides):
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Benchmarks choose their number of threads; tests want theirs back, and wait for one only."""
+    """Benchmarks choose their number of threads; tests leave them no choice."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    monkeypatch.setattr("benchmarks.bare.ratio", lambda a, b, repeats, burst: (a(), b(), 2.0)[-1])
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -225,7 +224,7 @@ def test_all_contenders_write_one_text_at_every_batch_size():
             assert (f["same_texts"], f["near_ties"], f["other_texts"]) == (2, 0, 0)
             assert f["tokens_per_second"] > 0
         deepest = of_all[heads(3)]
-        efficiency = deepest["speedup"] * 2.0 / deepest["acceptance_length"]
+        efficiency = deepest["speedup"] * deepest["verify_cost"] / deepest["acceptance_length"]
         assert deepest["efficiency"] == pytest.approx(efficiency)
     values = summary(found, 3)
     assert KEYS <= values.keys() and values["identical"]
@@ -238,7 +237,9 @@ def test_the_ideal_step_is_as_wide_as_the_real_one(monkeypatch):
     asked = []
     monkeypatch.setattr(
         "benchmarks.decode.verify_cost",
-        lambda model, cached, rows, width, heads: asked.append((cached, rows, width, heads)) or 1.0,
+        lambda model, cached, pairs, rows, width, heads: (
+            asked.append((cached, rows, width, heads)) or 1.0
+        ),
     )
     compare(model(), PROMPTS[:2], replace(TOY, batch="2"), {}, None)
     assert asked == [(11, 2, 2, 2), (11, 2, 3, 3), (11, 2, 4, 4), (11, 2, 17, 4)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import train_speed
+from benchmarks.decode import DecodeConfig
 from benchmarks.record import parse
 from benchmarks.shapes import shape
 from benchmarks.train_speed import (
@@ -172,12 +173,12 @@ def test_the_benchmark_runs_and_ends_with_its_figures(
     assert "n=4 reference" in captured.err
 
 
-def gpu_script(folder, python, **environment):
+def gpu_script(folder, python, half="train", **environment):
     """Run it with a stand-in for the interpreter, given as shell code."""
     command(folder / "python", python)
     given = {"PYTHON": str(folder / "python"), "RESULTS": str(folder / "results"), **environment}
     return subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), half],
         env=os.environ | given,
         capture_output=True,
         text=True,
@@ -220,6 +221,20 @@ def test_the_gpu_script_fits_into_ten_minutes_and_its_words_are_known(tmp_path):
     configs = [parse(SpeedConfig, words) for _, _, _, _, *words in parts[1:]]
     assert [config.shape for config in configs] == ["300m", "1.3b", "6.7b"]
     assert all(config.model(LARGE, 8).max_seq_len >= config.seq_len for config in configs)
+
+
+@pytest.mark.parametrize(
+    ("environment", "models"),
+    [({"RUN": "runs/bytes8"}, ["1.3b", "runs/bytes8"]), ({"QUICK": "1"}, ["1m"])],
+)
+def test_the_gpu_script_decodes_too(environment, models, tmp_path):
+    command(tmp_path / "timeout", 'echo "${@:3}"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_script(tmp_path, "echo some_gpu", "decode", PATH=path, **environment)
+    parts = [line.split(": ")[1].split() for line in done.stdout.splitlines()[-len(models) :]]
+    assert sum(int(limit) for limit, *_ in parts) < 600
+    assert {module for _, _, _, module, *_ in parts} == {"benchmarks.decode"}
+    assert [parse(DecodeConfig, words).model for _, _, _, _, *words in parts] == models
 
 
 def test_the_gpu_script_wants_a_gpu(tmp_path):
