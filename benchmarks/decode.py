@@ -14,9 +14,10 @@ Every contender decodes every batch of prompts in every round, in an order that 
 and turns round in every other round. A contender's time is the sum over batches of its median over
 rounds, prompts included; `speedup` is over our plain decoding, with quartiles of the ratios of
 times within a turn. Acceptance length is new tokens per pass (transformers' drafted passes include
-the prompt's); that on text is teacher-forced over held-out rows: how many guesses head 1 would
-choose itself. `verify_cost` is of bare forwards as wide as the contender's pass, and `efficiency` =
-speedup x verify_cost / acceptance length: 1 where nothing is lost beside the passes themselves.
+the prompt's); `acceptance` is of the passes that offered a guess at that depth. What stands `on
+text` is teacher-forced over held-out rows: how many guesses head 1 would choose itself.
+`verify_cost` is of bare forwards as wide as the contender's pass, and `efficiency` = speedup x
+verify_cost / acceptance length: 1 where nothing is lost beside the passes themselves.
 
 A text that leaves the reference, our plain one at the first batch size, does so at a near-tie where
 the two best logits at the first difference, read anew, are nearer than NEAR. The last line is one
@@ -42,7 +43,7 @@ import torch
 import mtp
 from benchmarks.bare import bare_loop, verify_cost
 from benchmarks.demo_decode import repetition
-from benchmarks.peers import Peer, llama
+from benchmarks.peers import Peer, checked, llama
 from benchmarks.pictures import decode_panels
 from benchmarks.record import parse, record
 from benchmarks.shapes import shape
@@ -156,10 +157,11 @@ def peers(model: Transformer, draft: Transformer | None) -> dict[str, Peer]:
     if find_spec("transformers") is None:
         print("transformers is not installed: its decoding is left out", file=sys.stderr)
         return {}
-    found = {THEIRS: Peer(model)}
-    found[f"{THEIRS}, prompt lookup"] = Peer(model, prompt_lookup_num_tokens=LOOKUP)
+    target = checked(model)
+    found = {THEIRS: Peer(target)}
+    found[f"{THEIRS}, prompt lookup"] = Peer(target, prompt_lookup_num_tokens=LOOKUP)
     if draft is not None:
-        found[f"{THEIRS}, draft model"] = Peer(model, assistant_model=llama(draft))
+        found[f"{THEIRS}, draft model"] = Peer(target, assistant_model=llama(draft))
     return found
 
 
@@ -374,6 +376,8 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     if model.config.head != "transformer" or not model.extra_heads:
         raise ValueError(f"model={config.model!r}: the bare loop reads two or more block heads")
     draft = mtp.load(config.draft, device, PRECISIONS[config.precision]) if config.draft else None
+    if draft is not None and draft.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"draft={config.draft!r} has another vocabulary than the model")
     found = compare(model, prompts, config, peers(model, draft), text)
     for rows, of_all in found.items():
         print(f"\n{config.model}, {config.precision}, batch {rows}\n{table(of_all)}")

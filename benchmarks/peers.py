@@ -1,8 +1,7 @@
 """Hugging Face transformers on our weights: its `generate` decodes beside ours.
 
 Trunk and head 1 are a Llama whose last layer is that head; rotary halves, norms and SwiGLU are the
-same, our joint maps are split. What only drafts need stays behind. Without transformers,
-`Peer(...)` raises ImportError.
+same, our joint maps are split. What only drafts need stays behind. Only calls import transformers.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ CLOSE = 1e-4  # between its logits and ours, both in fp32
 
 
 class Peer:
-    """`generate` with its own defaults, greedy, and how often the model was read."""
+    """A Llama's `generate` with its own defaults, greedy, and how often the last call read it."""
 
-    def __init__(self, model: Transformer, **options: Any) -> None:
-        self.llama, self.options, self.passes = checked(model), options, 0
-        self.llama.register_forward_pre_hook(self._count)
+    def __init__(self, llama: Any, **options: Any) -> None:
+        self.llama, self.options, self.passes = llama, options, 0
 
     def _count(self, *_: Any) -> None:
         self.passes += 1
@@ -32,7 +30,7 @@ class Peer:
     def __call__(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
         """Prompts of equal length -> `new` tokens after each."""
         tokens = torch.tensor([list(prompt) for prompt in prompts], device=self.llama.device)
-        self.passes = 0
+        self.passes, counting = 0, self.llama.register_forward_pre_hook(self._count)
         found = self.llama.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
@@ -40,6 +38,7 @@ class Peer:
             do_sample=False,
             **self.options,
         )
+        counting.remove()
         return found[:, tokens.shape[1] :].tolist()
 
 

@@ -72,7 +72,7 @@ def one_thread(monkeypatch):
 def test_transformers_reads_our_weights_and_writes_our_text(overrides):
     pytest.importorskip("transformers")
     ours = model(**overrides)
-    peer = Peer(ours)
+    peer = Peer(checked(ours))
     assert peer(PROMPTS, 12) == [
         c.tokens for c in generate(ours, [Request(p, 12) for p in PROMPTS])
     ]
@@ -82,9 +82,9 @@ def test_transformers_reads_our_weights_and_writes_our_text(overrides):
 def test_transformers_drafts_save_passes_and_keep_the_text():
     pytest.importorskip("transformers")
     ours = model()
-    plain = Peer(ours)(PROMPTS[:1], 24)
+    plain = Peer(checked(ours))(PROMPTS[:1], 24)
     for options in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": checked(ours)}):
-        peer = Peer(ours, **options)
+        peer = Peer(checked(ours), **options)
         assert peer(PROMPTS[:1], 24) == plain and peer.passes < 24
 
 
@@ -304,6 +304,16 @@ def test_random_weights_of_a_shape_in_bfloat16_without_transformers(tmp_path, mo
     assert values["acceptance_length_text"] is values["ours_ar_over_transformers_ar"] is None
     assert values["bandwidth"]["of_limit"].keys() == {1, 2}
     assert "transformers is not installed: its decoding is left out" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_compared_is_refused(trained, monkeypatch):
+    shapes = {"single": tiny(n_future_tokens=1), "linear": tiny("linear"), "small": tiny()}
+    monkeypatch.setattr("benchmarks.decode.shape", lambda name: shapes[name].config)
+    for name in ("single", "linear"):
+        with pytest.raises(ValueError, match=f"model='{name}': the bare loop reads two or more"):
+            run(replace(TOY, model=name))
+    with pytest.raises(ValueError, match="has another vocabulary than the model"):
+        run(replace(TOY, model="small", draft=str(trained)))
 
 
 @pytest.mark.parametrize(
