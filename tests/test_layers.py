@@ -19,7 +19,7 @@ OPTIONAL = (
 # A module may import what stands in the levels above its own line, the first two lines nothing.
 LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.documents"),
-    *("mtp.blocks", "mtp.optim", "mtp.decode.contract"),
+    *("mtp.blocks", "mtp.optim", "mtp.decode.contract", "mtp.decode.depth"),
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.decode.contract"},
