@@ -28,6 +28,7 @@ from mtp.decode.contract import (
     stop_at,
     stop_at_text,
 )
+from mtp.decode.depth import AdaptiveDepth
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup, best_tree, make_drafter
 from mtp.decode.loop import Decoding, generate
 from mtp.decode.sampling import RULES, TARGET, Sampling
@@ -246,6 +247,59 @@ def test_text_is_the_autoregressive_text(drafter, kind, sampling, device):
             batch_size=batch_size,
         )
         assert texts(got) == truth[:count]
+
+
+class Scheduled:
+    """A depth policy that does not listen; it keeps what it is told."""
+
+    def __init__(self, plan=(3, 0, 0, 1, 2, 0, 3, 1, 0, 0, 0, 2)):
+        self.plan, self.told = itertools.cycle(plan), []
+
+    def choose(self, most):
+        self.chosen = min(most, next(self.plan))
+        return self.chosen
+
+    def observe(self, k, accepted, seconds):
+        assert k == self.chosen
+        self.told.append((k, list(accepted), seconds))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drafter", ["heads", "tree", "forest", "half right"])
+@pytest.mark.parametrize("policy", [Scheduled, AdaptiveDepth])
+def test_text_does_not_depend_on_the_depth_of_its_steps(policy, drafter, kind, sampling, device):
+    requests, truth = some_requests(), usual_truths(kind, sampling, device)
+    model, drafter = target(kind, device), DRAFTERS[drafter](requests, truth)
+    depth, sampling = policy(), SAMPLINGS[sampling]  # one policy for both, as a server might
+    for count, batch_size in ((2, 1), (7, 3)):
+        got = generate(
+            model, requests[:count], drafter, sampling, batch_size=batch_size, depth=depth
+        )
+        assert texts(got) == truth[:count]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_depth_policy_is_told_what_happened(batch_size, device):
+    """Of busy rows only: seven requests leave rows of three idle in the end."""
+    model, requests = target("transformer", device), some_requests()
+    drafter = Oracle(requests, truths(model, requests), 3, sometimes(wrong))
+    depth = Scheduled()
+    got = generate(model, requests, drafter, batch_size=batch_size, depth=depth)
+    judged = [(k, a) for k, accepted, _ in depth.told for a in accepted]
+    assert len(judged) == sum(completion.steps for completion in got)
+    assert all(a <= k for k, a in judged) and any(k == 0 for k, _ in judged)
+    for j in range(3):
+        stood = sum(sum(completion.accepted[j : j + 1]) for completion in got)
+        assert sum(a > j for _, a in judged) == stood > 0
+    sizes = {len(accepted) for _, accepted, _ in depth.told}
+    assert sizes == ({1} if batch_size == 1 else {1, 2, 3})
+    assert all(seconds > 0 for *_, seconds in depth.told)
+
+
+def test_a_step_of_depth_zero_does_not_ask_the_drafter(device, monkeypatch):
+    monkeypatch.setattr(OwnHeads, "propose", lambda *_: pytest.fail("it was asked"))
+    generate(target("causal", device), some_requests(), OwnHeads(), depth=Scheduled([0]))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

@@ -122,7 +122,7 @@ class Forgetful(OwnHeads):
     """Reads the newest token alone, so that what was accepted before it is never read."""
 
     def _read(self, state, first, last):
-        self.seen[first:last] = [length - 1 for length in state.length[first:last]]
+        self.reader.seen[first:last] = [length - 1 for length in state.length[first:last]]
         return super()._read(state, first, last)
 
 

@@ -7,6 +7,7 @@ different lengths share a pass: each writes to its own slots.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mtp.decode.contract import (
     chain,
     tree,
 )
+from mtp.decode.depth import DepthPolicy
 from mtp.decode.sampling import RULES, Sampling
 
 
@@ -39,14 +41,16 @@ def generate(
     batch_size: int = 8,
     rule: str = "match",
     logprobs: bool = False,
+    depth: DepthPolicy | None = None,
 ) -> list[Completion]:
     """Continue every request; completions come back in the order of the requests.
 
     With rule="match" the text is the one that decoding without a drafter gives, token for token,
     whatever the drafter, batch size and order (fp32 and fp64; in bf16 up to near-ties); "exact" and
-    "block" keep its law. logprobs fills `Completion.logprobs`. ValueError: a prompt that is empty,
-    not in the vocabulary or too long for the context, an unknown rule, or caches that do not fit in
-    memory.
+    "block" keep its law. logprobs fills `Completion.logprobs`. depth says how many guesses a step
+    makes, see `mtp.decode.depth.AdaptiveDepth`; None: as many as the drafter can. ValueError: a
+    prompt that is empty, not in the vocabulary or too long for the context, an unknown rule, or
+    caches that do not fit in memory.
     """
     if not requests:
         return []
@@ -58,6 +62,7 @@ def generate(
         batch_size=batch_size,
         rule=rule,
         logprobs=logprobs,
+        depth=depth,
     )
     for _ in decoding:
         pass
@@ -103,6 +108,7 @@ class Decoding:
         batch_size: int = 8,
         rule: str = "match",
         logprobs: bool = False,
+        depth: DepthPolicy | None = None,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule={rule!r} is unknown: allowed are {', '.join(RULES)}")
@@ -114,7 +120,7 @@ class Decoding:
         self.drafter = drafter = drafter or NoDraft()
         self.rule: Rule = RULES[rule](sampling or Sampling())
         self.completions = [Completion() for _ in requests]
-        self.logprobs = logprobs
+        self.logprobs, self.depth = logprobs, depth
         self.waiting = list(range(len(requests)))[::-1]
         self.owner: list[int | None] = [None] * rows
         self.prompts: list[Sequence[int] | None] = [None] * rows  # whose cache still stands
@@ -208,8 +214,10 @@ class Decoding:
         self.flat_text.index_copy_(0, at, self.pending.flatten())
 
     def step(self) -> None:
-        state = self.state
+        state, started = self.state, time.perf_counter()
         k = min(self.drafter.depth, max(map(self._room, range(len(self.owner)))) - 1)
+        if self.depth is not None:
+            k = self.depth.choose(k)
         self.place = Place(list(state.seed), [n + 1 for n in state.length], 1 + k)
         draft, feed = self.nothing, self.pending
         if k > 0:
@@ -228,12 +236,15 @@ class Decoding:
         self.pending = verdict.next[:, None]
         accepted, following = verdict.accepted.tolist(), verdict.next.tolist()
         paths = self._paths(verdict, accepted)
-        offered = self._offered(draft)
-        for row, guesses in enumerate(draft.tokens.tolist()):
-            if self.owner[row] is not None:
-                state.length[row] += len(paths[row])
-                self._count(row, offered[row], accepted[row])
-                self._settle(row, guesses, following[row], paths[row], logits[row])
+        offered, guesses = self._offered(draft), draft.tokens.tolist()
+        busy = [row for row, owner in enumerate(self.owner) if owner is not None]
+        for row in busy:
+            state.length[row] += len(paths[row])
+            self._count(row, offered[row], accepted[row])
+            self._settle(row, guesses[row], following[row], paths[row], logits[row])
+        if self.depth is not None:
+            seconds = time.perf_counter() - started  # complete: the verdict was read
+            self.depth.observe(k, [accepted[row] for row in busy], seconds)
 
     def _paths(self, verdict: Verdict, accepted: list[int]) -> list[Sequence[int]]:
         """The columns that stand, per row. Those of a tree are moved behind one another first."""
