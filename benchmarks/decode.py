@@ -50,7 +50,8 @@ from benchmarks.shapes import shape
 from benchmarks.texts import Judge, OnText, on_text, rows_of
 from benchmarks.timing import copy_bandwidth, fastest_threads, seconds, spread
 from mtp.data import DataConfig, iter_documents
-from mtp.decode.drafters import OwnHeads
+from mtp.decode.depth import AdaptiveDepth
+from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup
 from mtp.model import Transformer
 from mtp.run import find_device
 from mtp.train import PRECISIONS
@@ -119,13 +120,16 @@ class Decoded(NamedTuple):
 Contender = Callable[[Prompts, int], Decoded]
 
 
-def ours(model: Transformer) -> dict[str, dict[str, Any]]:
+def ours(model: Transformer, draft: Transformer | None) -> dict[str, dict[str, Any]]:
     """Words of `generate`; a new way to decode is one line."""
     deepest = model.extra_heads
     return {
         PLAIN: {},
         **{heads(k): {"drafter": OwnHeads(k)} for k in range(1, deepest + 1)},
+        "adaptive": {"drafter": OwnHeads(), "depth": AdaptiveDepth()},
         f"tree of {NODES}": {"drafter": OwnHeads(tree=NODES)},
+        "prompt lookup": {"drafter": PromptLookup(LOOKUP)},
+        **({"draft model": {"drafter": DraftModel(draft)}} if draft else {}),
     }
 
 
@@ -254,10 +258,11 @@ def compare(
     model: Transformer,
     prompts: Prompts,
     config: DecodeConfig,
-    theirs: Mapping[str, Peer],
+    draft: Transformer | None,
     text: OnText | None,
 ) -> Figures:
-    judge, found, mine = Judge(model, prompts, NEAR[config.precision]), {}, ours(model)
+    judge, found = Judge(model, prompts, NEAR[config.precision]), {}
+    mine, theirs = ours(model, draft), peers(model, draft)
     for rows in config.sizes:
         groups, some = config.groups(prompts, rows), contenders(model, mine, theirs, rows)
         brief = partial(take_turns, some, groups[:1], min(32, config.new_tokens), 1)
@@ -378,7 +383,7 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     draft = mtp.load(config.draft, device, PRECISIONS[config.precision]) if config.draft else None
     if draft is not None and draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"draft={config.draft!r} has another vocabulary than the model")
-    found = compare(model, prompts, config, peers(model, draft), text)
+    found = compare(model, prompts, config, draft, text)
     for rows, of_all in found.items():
         print(f"\n{config.model}, {config.precision}, batch {rows}\n{table(of_all)}")
     values = summary(found, model.extra_heads)

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import MISSING
@@ -20,6 +21,7 @@ from omegaconf import MISSING
 import mtp
 from mtp import checkpoint
 from mtp.data import Batches, load_corpus
+from mtp.decode.depth import AdaptiveDepth
 from mtp.decode.drafters import make_drafter
 from mtp.decode.health import health
 from mtp.documents import DataConfig
@@ -41,7 +43,7 @@ class GenerateConfig:
     seed: int = 0
     drafter: str = "none"  # or heads, model, lookup
     draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model
-    depth: int | None = None  # most guesses per step; null: all extra heads
+    depth: Any = None  # most guesses per step; null: all extra heads; auto: as many as pay
     rule: str = "match"
     batch_size: int = 8
     precision: str = "float32"
@@ -55,6 +57,10 @@ class GenerateConfig:
         given = [x for x in (self.prompt, self.prompts) if x is not None]
         if len(given) > 1 or not (given or self.check):
             raise ValueError("give either prompt=TEXT or prompts=FILE")
+        if self.depth not in (None, "auto") and type(self.depth) is not int:
+            raise ValueError(
+                f"depth={self.depth!r}: allowed are a number of guesses, null and auto"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
 
@@ -88,7 +94,9 @@ def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
 
 def complete(config: GenerateConfig) -> None:
     model, tokenizer = _load(config, config.checkpoint)
-    drafter = make_drafter(config.drafter, config.depth, _draft(config, tokenizer))
+    adaptive = config.depth == "auto"
+    depth = None if adaptive else config.depth
+    drafter = make_drafter(config.drafter, depth, _draft(config, tokenizer))
     seeds = range(config.seed, config.seed + config.samples)
     requests = [
         mtp.Request(ids, config.max_new_tokens, seed, mtp.stop_at(tokenizer.end_id))
@@ -97,7 +105,13 @@ def complete(config: GenerateConfig) -> None:
     ]
     started = time.perf_counter()
     completions = mtp.generate(
-        model, requests, drafter, config.sampling, batch_size=config.batch_size, rule=config.rule
+        model,
+        requests,
+        drafter,
+        config.sampling,
+        batch_size=config.batch_size,
+        rule=config.rule,
+        depth=AdaptiveDepth() if adaptive else None,
     )
     seconds = time.perf_counter() - started
     for request, completion in zip(requests, completions, strict=True):

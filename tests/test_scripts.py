@@ -133,6 +133,13 @@ def test_a_draft_of_another_tokenizer_is_refused(trained, command, tmp_path):
         generated(command, trained, "prompt=a", "drafter=model", f"draft={tmp_path}/draft")
 
 
+def test_a_depth_that_adapts_leaves_the_text(trained, command):
+    plain = generated(command, trained, "prompt='def '")
+    adaptive = generated(command, trained, "prompt='def '", "drafter=heads", "depth=auto")
+    assert adaptive.out == plain.out
+    assert "mean acceptance length 1.00" not in adaptive.err  # all depths are tried at the start
+
+
 def test_samples_of_one_prompt_differ_and_seeds_repeat_them(trained, command):
     words = ["prompt=d", "sampling.temperature=1", "max_new_tokens=20", "samples=2"]
     first, again = (generated(command, trained, *words, "seed=1").out for _ in range(2))
@@ -308,6 +315,8 @@ def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, t
         (["drafter=model", "draft=/nowhere"], "/nowhere is no checkpoint"),
         (["drafter=lookup", "draft={run}"], "drafter=lookup takes no draft="),
         (["max_new_tokens=9999"], "max_seq_len is 256"),
+        (["depth=some"], "depth='some': allowed are a number of guesses, null and auto"),
+        (["depth=true"], "depth=True: allowed are a number of guesses, null and auto"),
         (["drafter=heads", "depth=9"], "depth=9 exceeds the model's 3 extra heads"),
     ],
 )
