@@ -262,8 +262,9 @@ def compare(
     text: OnText | None,
 ) -> Figures:
     judge, found = Judge(model, prompts, NEAR[config.precision]), {}
-    mine, theirs = ours(model, draft), peers(model, draft)
+    theirs = peers(model, draft)
     for rows in config.sizes:
+        mine = ours(model, draft)  # anew: what adapts does so to this batch size
         groups, some = config.groups(prompts, rows), contenders(model, mine, theirs, rows)
         brief = partial(take_turns, some, groups[:1], min(32, config.new_tokens), 1)
         brief()  # warms up

@@ -215,11 +215,18 @@ def test_what_disturbs_is_said():
     assert disturbances(0.9, {1: {}}) == ["the load was 0.90 at the start"]
 
 
-def test_all_contenders_write_one_text_at_every_batch_size():
+@pytest.fixture
+def alone(monkeypatch):
+    """Without transformers, which take their time to import."""
+    monkeypatch.setattr("benchmarks.decode.peers", lambda model, draft: {})
+
+
+def test_all_contenders_write_one_text_at_every_batch_size(alone):
     ours = model()
-    found = compare(ours, PROMPTS[:2], TOY, {}, None)
+    found = compare(ours, PROMPTS[:2], TOY, model(), None)
     for of_all in found.values():
-        assert list(of_all) == [PLAIN, "1 head", "2 heads", "3 heads", "tree of 16", BARE]
+        own = ["1 head", "2 heads", "3 heads", "adaptive", "tree of 16", "prompt lookup"]
+        assert list(of_all) == [PLAIN, *own, "draft model", BARE]
         for f in of_all.values():
             assert (f["same_texts"], f["near_ties"], f["other_texts"]) == (2, 0, 0)
             assert f["tokens_per_second"] > 0
@@ -233,7 +240,7 @@ def test_all_contenders_write_one_text_at_every_batch_size():
     assert not summary(found, 3)["identical"]
 
 
-def test_the_ideal_step_is_as_wide_as_the_real_one(monkeypatch):
+def test_the_ideal_step_is_as_wide_as_the_real_one(monkeypatch, alone):
     asked = []
     monkeypatch.setattr(
         "benchmarks.decode.verify_cost",
@@ -241,7 +248,7 @@ def test_the_ideal_step_is_as_wide_as_the_real_one(monkeypatch):
             asked.append((cached, rows, width, heads)) or 1.0
         ),
     )
-    compare(model(), PROMPTS[:2], replace(TOY, batch="2"), {}, None)
+    compare(model(), PROMPTS[:2], replace(TOY, batch="2"), None, None)
     assert asked == [(11, 2, 2, 2), (11, 2, 3, 3), (11, 2, 4, 4), (11, 2, 17, 4)]
 
 
