@@ -20,8 +20,9 @@ text` is teacher-forced over held-out rows: how many guesses head 1 would choose
 verify_cost / acceptance length: 1 where nothing is lost beside the passes themselves.
 
 A text that leaves the reference, our plain one at the first batch size, does so at a near-tie where
-the two best logits at the first difference, read anew, are nearer than NEAR. The last line is one
-JSON object; heads stand there at full depth and at the first batch size.
+the two best logits at the first difference, read anew, are nearer than NEAR. `sampled_apart` counts
+texts that one batch of ours samples otherwise than plain decoding does one by one. The last line is
+one JSON object; heads stand there at full depth and at the first batch size.
 """
 
 from __future__ import annotations
@@ -275,6 +276,8 @@ def compare(
         for name, f in found[rows].items():
             f |= {"ours": name in mine, "threads": torch.get_num_threads()}
             f |= judge([t for d in turns.done[name] for t in d.texts])
+        for name, texts in sampled_apart(model, mine, groups[0], config.new_tokens).items():
+            found[rows][name]["sampled_apart"] = texts
         for name, drafter in at_fixed_depth(mine).items():
             f, cost = found[rows][name], ideal_cost(model, drafter, config, rows)
             efficiency = f["speedup"] * cost / f["acceptance_length"]
@@ -300,6 +303,22 @@ def disturbances(load: float, found: Figures) -> list[str]:
     ]
 
 
+def sampled_apart(
+    model: Transformer, mine: Mapping[str, dict[str, Any]], prompts: Prompts, new: int
+) -> dict[str, int]:
+    """Of each of ours: how many texts, sampled at temperature 1 in one batch, are not those that
+    plain decoding gives one by one.
+    """
+    requests = [mtp.Request(prompt, new, seed) for seed, prompt in enumerate(prompts)]
+    decode = partial(mtp.generate, model, requests, sampling=mtp.Sampling(1.0))
+    alone = [c.tokens for c in decode(batch_size=1)]
+    batched = {name: decode(batch_size=len(prompts), **words) for name, words in mine.items()}
+    return {
+        name: sum(c.tokens != text for c, text in zip(done, alone, strict=True))
+        for name, done in batched.items()
+    }
+
+
 def bandwidth_limit(model: Transformer, found: Figures) -> dict[str, Any]:
     """A plain step reads the weights of trunk, head 1 and unembedding, once for all rows: its time
     at the bandwidth of a copy, over what it took.
@@ -318,9 +337,12 @@ def summary(found: Figures, deepest: int) -> dict[str, Any]:
     own = [f for of_all in found.values() for f in of_all.values() if f["ours"]]
     at_first, theirs = first[heads(deepest)], first.get(THEIRS)
     return {
-        "identical": not any(f["near_ties"] + f["other_texts"] for f in own),
+        "identical": not any(
+            f[key] for f in own for key in ("near_ties", "other_texts", "sampled_apart")
+        ),
         "near_ties": sum(f["near_ties"] for f in own),
         "other_texts": sum(f["other_texts"] for f in own),
+        "sampled_apart": sum(f["sampled_apart"] for f in own),
         "acceptance_length_text": at_first.get("acceptance_length_text"),
         "acceptance_length": at_first["acceptance_length"],
         "heads_speedup": at_first["speedup"],

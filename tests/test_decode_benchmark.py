@@ -23,13 +23,14 @@ from benchmarks.decode import (
     figures,
     heads,
     run,
+    sampled_apart,
     summary,
     take_turns,
 )
 from benchmarks.peers import Peer, checked, llama_weights
 from benchmarks.texts import Judge, on_text, path_length, rows_of
 from mtp.decode.contract import Draft, Request
-from mtp.decode.drafters import best_tree
+from mtp.decode.drafters import OwnHeads, best_tree
 from mtp.decode.loop import generate
 from mtp.documents import Document
 from mtp.tokenizer import ByteTokenizer
@@ -236,8 +237,17 @@ def test_all_contenders_write_one_text_at_every_batch_size(alone):
     values = summary(found, 3)
     assert KEYS <= values.keys() and values["identical"]
     assert values["speedup_by_batch"].keys() == {1, 2} and values["efficiency_b8"] is None
-    found[2]["2 heads"]["other_texts"] = 1
-    assert not summary(found, 3)["identical"]
+    for key in ("other_texts", "near_ties", "sampled_apart"):
+        found[2]["2 heads"][key] = 1
+        assert not summary(found, 3)["identical"]
+        found[2]["2 heads"][key] = 0
+
+
+def test_texts_that_are_sampled_otherwise_are_counted():
+    ours, words = model(), {"plain": {}, "heads": {"drafter": OwnHeads()}}
+    assert sampled_apart(ours, words, PROMPTS, 9) == {"plain": 0, "heads": 0}
+    wrong = {"other law": {"drafter": OwnHeads(), "rule": "exact"}}
+    assert sampled_apart(ours, wrong, PROMPTS, 9)["other law"] > 0
 
 
 def test_the_ideal_step_is_as_wide_as_the_real_one(monkeypatch, alone):
