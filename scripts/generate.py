@@ -2,7 +2,8 @@
 
 With drafter=heads the model drafts for itself, with drafter=model another one (`draft`), with
 drafter=lookup the text itself; the text is the same, in fewer steps. Prompts come from `prompt` or,
-one per line, from the file `prompts`. `--cfg job` prints every key.
+one per line, from the file `prompts`; the text of a single one is shown as it comes. `--cfg job`
+prints every key.
 
 With check=true it says instead whether the checkpoint's heads are sound, on the text that its run
 held out or on given prompts; exit status 1 if they are not.
@@ -21,7 +22,6 @@ from omegaconf import MISSING
 import mtp
 from mtp import checkpoint
 from mtp.data import Batches, load_corpus
-from mtp.decode.depth import AdaptiveDepth
 from mtp.decode.drafters import make_drafter
 from mtp.decode.health import health
 from mtp.documents import DataConfig
@@ -44,7 +44,9 @@ class GenerateConfig:
     drafter: str = "none"  # or heads, model, lookup
     draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model
     depth: Any = None  # most guesses per step; null: all extra heads; auto: as many as pay
+    tree: int | None = None  # for drafter=heads: that many guesses per step, as a tree
     rule: str = "match"
+    stop: list[str] = field(default_factory=list)  # strings that end a text, and are left out
     batch_size: int = 8
     precision: str = "float32"
     device: str = "auto"
@@ -95,35 +97,65 @@ def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
 def complete(config: GenerateConfig) -> None:
     model, tokenizer = _load(config, config.checkpoint)
     adaptive = config.depth == "auto"
-    depth = None if adaptive else config.depth
-    drafter = make_drafter(config.drafter, depth, _draft(config, tokenizer))
-    seeds = range(config.seed, config.seed + config.samples)
+    drafter = make_drafter(
+        config.drafter,
+        depth=None if adaptive else config.depth,
+        tree=config.tree,
+        draft=_draft(config, tokenizer),
+    )
+    stops = [mtp.stop_at(tokenizer.end_id)]
+    if config.stop:
+        stops.append(mtp.stop_at_text(tokenizer, *config.stop))
     requests = [
-        mtp.Request(ids, config.max_new_tokens, seed, mtp.stop_at(tokenizer.end_id))
+        mtp.Request(ids, config.max_new_tokens, seed, lambda new: any(stop(new) for stop in stops))
         for ids in _prompts(config, tokenizer)
-        for seed in seeds
+        for seed in range(config.seed, config.seed + config.samples)
     ]
     started = time.perf_counter()
-    completions = mtp.generate(
+    decoding = mtp.Decoding(
         model,
         requests,
         drafter,
         config.sampling,
         batch_size=config.batch_size,
         rule=config.rule,
-        depth=AdaptiveDepth() if adaptive else None,
+        depth=mtp.AdaptiveDepth() if adaptive else None,
     )
-    seconds = time.perf_counter() - started
-    for request, completion in zip(requests, completions, strict=True):
-        print(tokenizer.decode([*request.prompt, *completion.tokens]))
-    new, steps = sum(len(c.tokens) for c in completions), sum(c.steps for c in completions)
-    accepted = sum(sum(c.accepted) for c in completions)
+    if len(requests) == 1:
+        _show_as_it_comes(decoding, tokenizer, config.stop)
+    else:
+        _show_all(decoding, tokenizer, config.stop)
+    seconds, done = time.perf_counter() - started, decoding.completions
+    new, steps = sum(len(c.tokens) for c in done), sum(c.steps for c in done)
+    accepted = sum(sum(c.accepted) for c in done)
     length = 1 + accepted / max(1, steps)
     print(
         f"{new} new tokens in {seconds:.2f} s, {new / seconds:,.0f} tokens/s, "
         f"mean acceptance length {length:.2f}",
         file=sys.stderr,
     )
+
+
+def _show_as_it_comes(decoding: mtp.Decoding, tokenizer: Tokenizer, stops: list[str]) -> None:
+    """What may be the beginning of a stop string waits until it is known."""
+    stream, waits = mtp.TextStream(tokenizer), max([1, *map(len, stops)]) - 1
+    text, shown = "", 0
+    print(stream.push(decoding.requests[0].prompt), end="", flush=True)
+    for _, tokens in decoding:
+        text += stream.push(tokens)
+        sure = mtp.cut_at(text, *stops)[: max(0, len(text) - waits)]
+        print(sure[shown:], end="", flush=True)
+        shown = max(shown, len(sure))
+    print(mtp.cut_at(text + stream.close(), *stops)[shown:])
+
+
+def _show_all(decoding: mtp.Decoding, tokenizer: Tokenizer, stops: list[str]) -> None:
+    for _ in decoding:
+        pass
+    for request, completion in zip(decoding.requests, decoding.completions, strict=True):
+        prompt = tokenizer.decode(request.prompt)
+        whole = tokenizer.decode([*request.prompt, *completion.tokens])
+        print(prompt + mtp.cut_at(whole[len(prompt) :], *stops))
 
 
 def check(config: GenerateConfig) -> None:

@@ -867,7 +867,12 @@ def test_impossible_settings_are_refused_by_name(arguments, words, device):
             "drafter='hope' is unknown: allowed are none, heads, model, lookup",
         ),
         (lambda: make_drafter("model"), "drafter=model needs draft="),
-        (lambda: make_drafter("heads", draft=another()), "drafter=heads takes no draft="),
+        (
+            lambda: make_drafter("heads", draft=another()),
+            "drafter=heads takes no draft=: only model",
+        ),
+        (lambda: make_drafter("lookup", tree=3), "drafter=lookup takes no tree=: only heads may"),
+        (lambda: make_drafter("none", depth=3), "takes no depth=: only heads, model, lookup may"),
         (lambda: OwnHeads(0), "depth=0 must be at least 1"),
         (lambda: OwnHeads(tree=0), "tree=0 must be at least 1"),
         (lambda: DraftModel(another(), 0), "depth=0 must be at least 1"),
@@ -888,8 +893,8 @@ def test_impossible_drafters_are_refused_by_name(make, words):
 @pytest.mark.parametrize("name", ["none", "heads", "lookup"])
 def test_drafters_have_words(name, device):
     assert len(generate(target("linear", device), [OK], make_drafter(name))) == 1
-    draft = make_drafter("model", 2, draft=another())
-    assert (draft.depth, make_drafter("lookup", 7).depth) == (2, 7)
+    draft = make_drafter("model", depth=2, draft=another())
+    assert (draft.depth, make_drafter("lookup", depth=7).depth) == (2, 7)
 
 
 def test_a_tree_of_nothing_is_refused():

@@ -147,6 +147,17 @@ def test_samples_of_one_prompt_differ_and_seeds_repeat_them(trained, command):
     assert first == again != other
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_text_is_shown_up_to_its_stop_string(samples, trained, command):
+    """Shown as it comes, for one sample; whole, for several."""
+    words = ["prompt='def '", "drafter=heads", f"samples={samples}"]
+    whole = generated(command, trained, *words).out
+    stop = whole[9:12]
+    shown = generated(command, trained, *words, f"stop=[zzzz,'{stop}']").out
+    texts = [whole[: whole.index(stop, 4)] + "\n"] * samples
+    assert stop.isprintable() and shown == "".join(texts)
+
+
 def test_a_file_of_prompts_gives_a_text_per_line(trained, command, tmp_path):
     (tmp_path / "prompts.txt").write_text("def a\ndef b\n")
     both = generated(command, trained, f"prompts={tmp_path}/prompts.txt").out
@@ -315,6 +326,9 @@ def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, t
         (["drafter=model", "draft=/nowhere"], "/nowhere is no checkpoint"),
         (["drafter=lookup", "draft={run}"], "drafter=lookup takes no draft="),
         (["max_new_tokens=9999"], "max_seq_len is 256"),
+        (["drafter=heads", "tree=0"], "tree=0 must be at least 1"),
+        (["depth=3"], "drafter=none takes no depth=: only heads, model, lookup may"),
+        (["stop=['']"], "stop strings ('',): give at least one, and none of them empty"),
         (["depth=some"], "depth='some': allowed are a number of guesses, null and auto"),
         (["depth=true"], "depth=True: allowed are a number of guesses, null and auto"),
         (["drafter=heads", "depth=9"], "depth=9 exceeds the model's 3 extra heads"),

@@ -282,22 +282,26 @@ def _distinct(vocabulary: Sequence[int] | Tensor) -> Tensor:
     return ids.long()
 
 
-DRAFTERS: dict[str, Callable[..., Drafter]] = {
-    "none": lambda draft, **depth: NoDraft(),
-    "heads": lambda draft, **depth: OwnHeads(**depth),
-    "model": DraftModel,
-    "lookup": lambda draft, **depth: PromptLookup(**depth),
+DRAFTERS: dict[str, tuple[Callable[..., Drafter], tuple[str, ...]]] = {  # and what they take
+    "none": (NoDraft, ()),
+    "heads": (OwnHeads, ("depth", "tree")),
+    "model": (lambda draft, **words: DraftModel(draft, **words), ("draft", "depth")),
+    "lookup": (PromptLookup, ("depth",)),
 }
 
 
-def make_drafter(name: str, depth: int | None = None, draft: Any = None) -> Drafter:
-    """A drafter by its word; depth None lets it choose. draft: the model for "model", which no
-    other takes. ValueError names the allowed words.
+def make_drafter(name: str, **settings: Any) -> Drafter:
+    """A drafter by its word. settings: depth, tree, draft (the model for "model"), as far as it
+    takes them; None lets it choose. ValueError names what is allowed.
     """
     if name not in DRAFTERS:
         raise ValueError(f"drafter={name!r} is unknown: allowed are {', '.join(DRAFTERS)}")
-    if name == "model" and draft is None:
+    make, taken = DRAFTERS[name]
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key in given:
+        if key not in taken:
+            takers = [word for word, (_, keys) in DRAFTERS.items() if key in keys]
+            raise ValueError(f"drafter={name} takes no {key}=: only {', '.join(takers)} may")
+    if "draft" in taken and "draft" not in given:
         raise ValueError("drafter=model needs draft=: the model that drafts")
-    if name != "model" and draft is not None:
-        raise ValueError(f"drafter={name} takes no draft=: only drafter=model does")
-    return DRAFTERS[name](draft, **({} if depth is None else {"depth": depth}))
+    return make(**given)

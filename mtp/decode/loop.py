@@ -262,14 +262,9 @@ class Decoding:
         if moves:
             source, by = torch.tensor(moves, device=self.flat_text.device).unbind(1)
             self.cache.move(source, source + by)
-            kept = (
-                [self.flat_text]
-                if self.state.memo is None
-                else [
-                    self.flat_text,
-                    self.state.memo.flatten(0, 1),
-                ]
-            )
+            kept = [self.flat_text]
+            if self.state.memo is not None:
+                kept.append(self.state.memo.flatten(0, 1))
             for x in kept:
                 x[source + by] = x[source]
         return paths
