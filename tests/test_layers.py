@@ -28,7 +28,7 @@ EXACT = {
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
-USERS = {"mtp.testing", "mtp.decode.health"}  # of models, drafters and the loop
+USERS = {"mtp.testing", "mtp.decode.health", "mtp.decode.probe"}  # of models, drafters and the loop
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
 
 
