@@ -12,7 +12,9 @@ held out or on given prompts; exit status 1 if they are not.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from omegaconf import MISSING
 import mtp
 from mtp import checkpoint
 from mtp.data import Batches, load_corpus
+from mtp.decode.contract import Drafter
 from mtp.decode.drafters import make_drafter
 from mtp.decode.health import health
+from mtp.decode.probe import fastest
 from mtp.documents import DataConfig
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
@@ -48,7 +52,8 @@ class GenerateConfig:
     rule: str = "match"
     stop: list[str] = field(default_factory=list)  # strings that end a text, and are left out
     batch_size: int = 8
-    precision: str = "float32"
+    precision: str = "float32"  # bfloat16; auto: the faster, and other text where tokens nearly tie
+    threads: Any = "auto"  # of the CPU; auto: one or all, the faster
     device: str = "auto"
     check: bool = False
     sampling: mtp.Sampling = field(default_factory=mtp.Sampling)
@@ -63,8 +68,10 @@ class GenerateConfig:
             raise ValueError(
                 f"depth={self.depth!r}: allowed are a number of guesses, null and auto"
             )
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+        if self.threads != "auto" and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"threads={self.threads!r}: allowed are auto and numbers from 1 on")
+        if self.precision not in (allowed := (*PRECISIONS, "auto")):
+            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(allowed)}")
 
 
 def _lines(path: Path) -> list[str]:
@@ -74,19 +81,33 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from error
 
 
-def _load(config: GenerateConfig, checkpoint: str) -> tuple[mtp.Transformer, Tokenizer]:
-    device, dtype = find_device(config.device), PRECISIONS[config.precision]
-    return mtp.load(checkpoint, device, dtype), mtp.load_tokenizer(checkpoint)
+def _settings(config: GenerateConfig) -> tuple[list[int], list[str]]:
+    """Numbers of threads and precisions to choose from, the plainest first."""
+    threads, precisions = sorted({1, torch.get_num_threads()}), list(PRECISIONS)
+    if find_device(config.device).type == "cuda":  # where both are known without measuring
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        threads, precisions = [1], ["bfloat16" if native else "float32"]
+    return (
+        threads if config.threads == "auto" else [config.threads],
+        precisions if config.precision == "auto" else [config.precision],
+    )
 
 
-def _draft(config: GenerateConfig, tokenizer: Tokenizer) -> mtp.Transformer | None:
+def _load(config: GenerateConfig, checkpoint: str, precision: str) -> mtp.Transformer:
+    return mtp.load(checkpoint, find_device(config.device), PRECISIONS[precision])
+
+
+def _tokenizer(where: str) -> Tokenizer:
+    return mtp.load_tokenizer(checkpoint.find(where))  # which says what is missing
+
+
+def _draft(config: GenerateConfig, tokenizer: Tokenizer, precision: str) -> mtp.Transformer | None:
     """The model that drafts, if there is one."""
     if config.draft is None:
         return None
-    model, its_tokenizer = _load(config, config.draft)
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+    if _tokenizer(config.draft).fingerprint != tokenizer.fingerprint:
         raise ValueError(f"draft={config.draft} has another tokenizer than {config.checkpoint}")
-    return model
+    return _load(config, config.draft, precision)
 
 
 def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
@@ -94,15 +115,39 @@ def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode(text) for text in texts]
 
 
+def _prepare(
+    config: GenerateConfig, tokenizer: Tokenizer, requests: Sequence[mtp.Request]
+) -> tuple[mtp.Transformer, Drafter]:
+    """The model and its drafter, in the settings that are fastest here. precision=auto holds both
+    for a moment.
+    """
+    threads, precisions = _settings(config)
+    loaded, decoders = {}, {}
+    for precision in precisions:
+        model = _load(config, config.checkpoint, precision)
+        drafter = make_drafter(
+            config.drafter,
+            depth=None if config.depth == "auto" else config.depth,
+            tree=config.tree,
+            draft=_draft(config, tokenizer, precision),
+        )
+        loaded[precision] = model, drafter
+        decoders[precision] = partial(
+            mtp.Decoding,
+            model,
+            drafter=drafter,
+            sampling=config.sampling,
+            batch_size=config.batch_size,
+            rule=config.rule,
+        )
+    probe = fastest(decoders, requests, threads)
+    torch.set_num_threads(probe.chosen.threads)
+    print(f"decoding with {probe}", file=sys.stderr)
+    return loaded[probe.chosen.precision]
+
+
 def complete(config: GenerateConfig) -> None:
-    model, tokenizer = _load(config, config.checkpoint)
-    adaptive = config.depth == "auto"
-    drafter = make_drafter(
-        config.drafter,
-        depth=None if adaptive else config.depth,
-        tree=config.tree,
-        draft=_draft(config, tokenizer),
-    )
+    tokenizer = _tokenizer(config.checkpoint)
     stops = [mtp.stop_at(tokenizer.end_id)]
     if config.stop:
         stops.append(mtp.stop_at_text(tokenizer, *config.stop))
@@ -111,6 +156,7 @@ def complete(config: GenerateConfig) -> None:
         for ids in _prompts(config, tokenizer)
         for seed in range(config.seed, config.seed + config.samples)
     ]
+    model, drafter = _prepare(config, tokenizer, requests)
     started = time.perf_counter()
     decoding = mtp.Decoding(
         model,
@@ -119,7 +165,7 @@ def complete(config: GenerateConfig) -> None:
         config.sampling,
         batch_size=config.batch_size,
         rule=config.rule,
-        depth=mtp.AdaptiveDepth() if adaptive else None,
+        depth=mtp.AdaptiveDepth() if config.depth == "auto" else None,
     )
     if len(requests) == 1:
         _show_as_it_comes(decoding, tokenizer, config.stop)
@@ -159,7 +205,10 @@ def _show_all(decoding: mtp.Decoding, tokenizer: Tokenizer, stops: list[str]) ->
 
 
 def check(config: GenerateConfig) -> None:
-    model, tokenizer = _load(config, config.checkpoint)
+    threads, precisions = _settings(config)
+    torch.set_num_threads(threads[0])
+    tokenizer = _tokenizer(config.checkpoint)
+    model = _load(config, config.checkpoint, precisions[0])
     longest = min(CHECKED_TOKENS, model.config.max_seq_len)
     if config.prompt is None and config.prompts is None:
         texts = _held_out(config.checkpoint, tokenizer, model.config.n_future_tokens, longest)
@@ -190,7 +239,6 @@ def _held_out(where: str, tokenizer: Tokenizer, n: int, longest: int) -> list[li
 
 
 def main(config: GenerateConfig) -> None:
-    torch.set_num_threads(1)  # rows of one step are too small to share
     (check if config.check else complete)(config)
 
 

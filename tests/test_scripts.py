@@ -165,6 +165,13 @@ def test_a_file_of_prompts_gives_a_text_per_line(trained, command, tmp_path):
     assert both == "".join(alone)
 
 
+@pytest.mark.parametrize("words", [["threads=2"], ["threads=auto", "precision=auto"]])
+def test_the_settings_are_said_and_set(words, trained, command):
+    said = generated(command, trained, "prompt=a", "drafter=heads", *words).err.splitlines()[0]
+    assert said.startswith(f"decoding with {torch.get_num_threads()} thread")
+    assert all(f"in {name} " in said for name in ("float32", "bfloat16")) == (len(words) > 1)
+
+
 # Checking heads.
 
 
@@ -331,6 +338,8 @@ def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, t
         (["stop=['']"], "stop strings ('',): give at least one, and none of them empty"),
         (["depth=some"], "depth='some': allowed are a number of guesses, null and auto"),
         (["depth=true"], "depth=True: allowed are a number of guesses, null and auto"),
+        (["threads=0"], "threads=0: allowed are auto and numbers from 1 on"),
+        (["precision=half"], "precision='half': allowed are float32, bfloat16, auto"),
         (["drafter=heads", "depth=9"], "depth=9 exceeds the model's 3 extra heads"),
     ],
 )
