@@ -816,6 +816,26 @@ def test_autocast_around_a_decoder_changes_nothing(device):
         assert texts(generate(model, requests, OwnHeads())) == plain
 
 
+def test_a_decoding_in_progress_leaves_its_users_autocast_alone(device):
+    """Between two steps, and when it is abandoned after the user's own autocast has ended."""
+    pieces = iter(Decoding(target("linear", device), some_requests()))
+    with torch.autocast(device.type, torch.bfloat16):
+        next(pieces)
+        assert torch.is_autocast_enabled(device.type)
+    assert not torch.is_autocast_enabled(device.type)
+    del pieces
+    assert not torch.is_autocast_enabled(device.type)
+
+
+def test_a_decoding_goes_on_where_it_was_left(device):
+    requests = some_requests()
+    decoding = Decoding(target("transformer", device), requests, batch_size=3)
+    most = NEW * len(requests)
+    told = [piece for _ in range(most) for piece in itertools.islice(decoding, 1)]
+    got = [[x for i, tokens in told if i == j for x in tokens] for j in range(len(requests))]
+    assert got == usual_truths("transformer", "greedy", device)
+
+
 OK = Request([1, 2], 4)
 
 

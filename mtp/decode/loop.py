@@ -91,8 +91,8 @@ def _check(model: Any, i: int, request: Request) -> None:
 
 class Decoding:
     """What `generate` runs to its end, for whoever wants to see it happen. Iterating over it takes
-    the steps and yields (number of a request, its newest tokens) as soon as they are decided;
-    `completions` holds all so far.
+    the steps and yields (number of a request, its newest tokens) as soon as they are decided; a new
+    iteration goes on where the last was left. `completions` holds all so far.
 
     By hand, under inference_mode: `fill` reads waiting prompts into free rows, `step` is one pass
     over all rows.
@@ -120,6 +120,7 @@ class Decoding:
         self.drafter = drafter = drafter or NoDraft()
         self.rule: Rule = RULES[rule](sampling or Sampling())
         self.completions = [Completion() for _ in requests]
+        self.untold: dict[int, list[int]] = {}  # by request: what no iteration has yielded yet
         self.logprobs, self.depth = logprobs, depth
         self.waiting = list(range(len(requests)))[::-1]
         self.owner: list[int | None] = [None] * rows
@@ -141,18 +142,17 @@ class Decoding:
         self.state = State(text, [1] * rows, [0] * rows, None, self._draw, self._scores)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        with torch.autocast(self.cache.k.device.type, enabled=False):  # the cache has one dtype
-            shown = [0] * len(self.requests)
-            busy = True
-            while busy:
-                with torch.inference_mode():
-                    busy = self.fill()
-                    if busy:
-                        self.step()
-                for i, completion in enumerate(self.completions):
-                    if len(completion.tokens) > shown[i]:
-                        yield i, completion.tokens[shown[i] :]
-                        shown[i] = len(completion.tokens)
+        busy, device = True, self.cache.k.device.type
+        while busy:
+            # Modes end before anything is told: they are not for whoever listens. The cache has
+            # one dtype, so autocast must not reach it.
+            with torch.inference_mode(), torch.autocast(device, enabled=False):
+                busy = self.fill()
+                if busy:
+                    self.step()
+            while self.untold:
+                i = next(iter(self.untold))
+                yield i, self.untold.pop(i)
 
     def _draw(self, logits: Tensor, ahead: int = 0) -> Draft:
         return self.rule.draw(logits, self.place, ahead)
@@ -319,6 +319,7 @@ class Decoding:
         request, completion = self.requests[owner], self.completions[owner]
         for depth, token in enumerate(tokens, 1):
             completion.tokens.append(token)
+            self.untold.setdefault(owner, []).append(token)
             completion.heads.append(depth + 1 if depth < len(tokens) else 1)
             completion.logprobs += logprobs[depth - 1 : depth]
             if len(completion.tokens) == request.max_new_tokens or (
