@@ -47,7 +47,7 @@ class GenerateConfig:
     seed: int = 0
     drafter: str = "none"  # or heads, model, lookup
     draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model
-    depth: Any = None  # most guesses per step; null: all extra heads; auto: as many as pay
+    depth: Any = None  # most guesses per step; null: what the drafter likes; auto: as many as pay
     tree: int | None = None  # for drafter=heads: that many guesses per step, as a tree
     rule: str = "match"
     stop: list[str] = field(default_factory=list)  # strings that end a text, and are left out

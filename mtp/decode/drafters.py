@@ -51,8 +51,9 @@ class OwnHeads:
 
     depth: most guesses in a line, at most n - 1 (the default). tree: offer that many guesses per
     step, the most probable paths through the heads' best tokens, instead of one chain. vocabulary:
-    the only token ids that are guessed; few and frequent ones make a step shorter. Every head kind
-    works: what a head needs is in the memo.
+    the only token ids that heads score; few and frequent ones make a step shorter. Others have no
+    chance, and fill a tree only where it has room left. Every head kind works: what a head needs is
+    in the memo.
     """
 
     needs_memo = True
