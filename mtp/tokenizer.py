@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 INDEX_FILE, MODEL_FILE = "tokenizer.json", "tokenizer.model"
+LONGEST_WAIT = 16  # ids; no character takes as many, but what is no text never becomes one
 
 
 class Tokenizer(Protocol):
@@ -85,8 +86,8 @@ class SentencePieceTokenizer:
 class TextStream:
     """Text of ids as they come: `push` returns what is whole by now, `close` the rest.
 
-    A character that takes several ids waits for its last one. Each call decodes a few ids, however
-    long the text is.
+    A character that takes several ids waits for its last one. Each id costs the decoding of a few,
+    however long the text is.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -95,9 +96,12 @@ class TextStream:
         self.new: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:
-        self.new += ids
+        return "".join(map(self._push, ids))
+
+    def _push(self, i: int) -> str:
+        self.new.append(i)
         text = self._untold()
-        if text.endswith("\ufffd"):  # perhaps the beginning of a character
+        if text.endswith("\ufffd") and len(self.new) < LONGEST_WAIT:  # a character's beginning?
             return ""
         self.told, self.new = [*self.told, *self.new][-16:], []
         return text

@@ -2,6 +2,7 @@
 
 import json
 import string
+from types import SimpleNamespace
 
 import pytest
 
@@ -152,10 +153,19 @@ def test_streamed_text_is_the_text_and_splits_no_character(size, kind, text, req
 
 def test_a_stream_waits_for_the_last_byte_of_a_character_and_no_longer():
     stream, (first, second) = TextStream(ByteTokenizer()), "é".encode()
-    assert [stream.push([65, first]), stream.push([second]), stream.push([66])] == ["", "Aé", "B"]
+    assert [stream.push([65, first]), stream.push([second]), stream.push([66])] == ["A", "é", "B"]
 
 
 def test_a_stream_tells_bytes_that_are_no_text_once_they_can_no_longer_become_one():
     stream = TextStream(ByteTokenizer())
-    assert stream.push([65, 0xC3]) == "" and stream.push([66]) == "A\ufffdB"
+    assert stream.push([65, 0xC3]) == "A" and stream.push([66]) == "\ufffdB"
     assert stream.push([0xC3]) == "" and stream.close() == "\ufffd"
+
+
+def test_a_stream_does_not_wait_for_ever_for_what_never_becomes_text():
+    stream, decoded = TextStream(ByteTokenizer()), []
+    decode = stream.tokenizer.decode
+    stream.tokenizer = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or decode(ids))
+    told = "".join(stream.push([0x80]) for _ in range(100))
+    assert told + stream.close() == "\ufffd" * 100
+    assert len(told) > 80 and max(decoded) < 40
