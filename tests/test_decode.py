@@ -797,8 +797,10 @@ def test_texts_may_fill_the_context_to_the_last_token(kind, drafter, device):
     assert texts(got) == truth
 
 
-def test_no_requests_give_no_completions(device):
-    assert generate(target("linear", device), []) == []
+@pytest.mark.parametrize("drafter", ["none", "heads", "tree", "model", "lookup"])
+def test_no_requests_give_no_completions(drafter, device):
+    model, drafting = target("transformer", device), DRAFTERS[drafter]([], [])
+    assert generate(model, [], drafting) == list(Decoding(model, [], drafting)) == []
 
 
 def test_decoding_leaves_no_gradients_and_no_modes_behind(device):

@@ -52,8 +52,6 @@ def generate(
     prompt that is empty, not in the vocabulary or too long for the context, an unknown rule, or
     caches that do not fit in memory.
     """
-    if not requests:
-        return []
     decoding = Decoding(
         model,
         requests,
@@ -128,7 +126,7 @@ class Decoding:
         self.prompt_end: list[Tensor | None] = [None] * rows
         drafter.attach(model)
         # Drafts may reach past the end of the longest text.
-        longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=0)
         self.slots = longest + 1 + drafter.nodes
         _require_memory(model, rows, self.slots, drafter.needs_memo)
         drafter.begin(rows, self.slots)
@@ -262,11 +260,9 @@ class Decoding:
         if moves:
             source, by = torch.tensor(moves, device=self.flat_text.device).unbind(1)
             self.cache.move(source, source + by)
-            kept = [self.flat_text]
-            if self.state.memo is not None:
-                kept.append(self.state.memo.flatten(0, 1))
-            for x in kept:
-                x[source + by] = x[source]
+            for x in (self.state.text, self.state.memo):
+                if x is not None:
+                    x.flatten(0, 1)[source + by] = x.flatten(0, 1)[source]
         return paths
 
     def _offered(self, draft: Draft) -> list[list[int]]:
