@@ -604,6 +604,16 @@ def test_a_prompt_that_many_samples_share_is_read_once(batch_size, device, monke
     assert widths.count(len(requests[0].prompt)) == 1 and max(widths[1:]) <= N
 
 
+@pytest.mark.parametrize("kind_of", [tuple, torch.tensor, lambda ids: torch.tensor(ids).numpy()])
+def test_prompts_may_be_any_row_of_ids(kind_of, device, monkeypatch):
+    model, requests, widths = target("transformer", device), samples_of_one_prompt(), []
+    given = [replace(request, prompt=kind_of(request.prompt)) for request in requests]
+    wanted, read = truths(model, requests), model.read
+    monkeypatch.setattr(model, "read", lambda x, *rest: widths.append(x.shape[1]) or read(x, *rest))
+    assert texts(generate(model, [*given, *requests], OwnHeads(), batch_size=3)) == wanted * 2
+    assert widths.count(len(requests[0].prompt)) == 1
+
+
 def next_law(model, sampling):
     """Text -> the law of its next token."""
 

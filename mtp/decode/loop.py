@@ -122,7 +122,7 @@ class Decoding:
         self.logprobs, self.depth = logprobs, depth
         self.waiting = list(range(len(requests)))[::-1]
         self.owner: list[int | None] = [None] * rows
-        self.prompts: list[Sequence[int] | None] = [None] * rows  # whose cache still stands
+        self.prompts: list[list[int] | None] = [None] * rows  # whose cache still stands
         self.prompt_end: list[Tensor | None] = [None] * rows
         drafter.attach(model)
         # Drafts may reach past the end of the longest text.
@@ -173,12 +173,12 @@ class Decoding:
         choose the first new token.
         """
         state, request = self.state, self.requests[i]
-        length = len(request.prompt)
-        source = next((r for r, p in enumerate(self.prompts) if p == request.prompt), None)
+        prompt, length = list(request.prompt), len(request.prompt)
+        source = next((r for r, p in enumerate(self.prompts) if p == prompt), None)
         self.owner[row], state.length[row], state.seed[row] = i, length, request.seed
-        self.prompts[row] = request.prompt
+        self.prompts[row] = prompt
         if source is None:
-            self._read_prompt(row, torch.tensor([list(request.prompt)], device=state.text.device))
+            self._read_prompt(row, torch.tensor([prompt], device=state.text.device))
         elif source != row:
             self._copy_prompt(source, row, length)
         self.drafter.admit(state, row, source)
