@@ -298,14 +298,17 @@ class Decoding:
         )
 
     def _count(self, row: int, depths: Sequence[int], accepted: int) -> None:
-        """depths: of the guesses that were offered, 1 for those after the pending token."""
+        """depths: of the guesses offered, 1 for those after the pending token. Guesses for
+        which the request has no room are there for other rows: they do not count.
+        """
         completion, k = self.completions[self.owner[row]], self.place.count - 1  # type: ignore[index]
+        most = self._room(row) - 1
         completion.steps += 1
         completion.drafted += [0] * (k - len(completion.drafted))
         completion.accepted += [0] * (k - len(completion.accepted))
         for depth in depths:
-            completion.drafted[depth - 1] += 1
-        for depth in range(accepted):
+            completion.drafted[depth - 1] += depth <= most
+        for depth in range(min(accepted, most)):
             completion.accepted[depth] += 1
 
     def _emit(self, row: int, tokens: list[int], logprobs: list[float]) -> None:
