@@ -153,7 +153,7 @@ SOURCES: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
 
 
 def _missing(source: str) -> ImportError:
-    return ImportError(f'data.source={source!r} needs: pip install "multi-token-prediction[data]"')
+    return ImportError(f"data.source={source!r} needs, in a checkout: pip install '.[data]'")
 
 
 def _files(config: DataConfig, pattern: str) -> list[Path]:
@@ -262,7 +262,10 @@ def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
             empty = False
             yield document
     if unknown := sorted(set(config.holdout) - groups):
-        raise ValueError(f"data.holdout: no top-level package or file is called {unknown}")
+        raise ValueError(
+            f"data.holdout: no top-level package or file is called {unknown}; for text of your own "
+            f"say data.holdout=[], and data.val_fraction for a share to hold out"
+        )
     if empty:
         part = "validation" if held_out else "training"
         raise ValueError(

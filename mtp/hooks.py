@@ -175,7 +175,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                'tensorboard=true needs: pip install "multi-token-prediction[tensorboard]"'
+                "tensorboard=true needs, in a checkout: pip install '.[tensorboard]'"
             ) from error
         self.writer = SummaryWriter(str(folder)) if rank() == 0 else None
 

@@ -185,6 +185,6 @@ def _sentencepiece() -> Any:
         import sentencepiece
     except ImportError as error:
         raise ImportError(
-            'SentencePiece tokenizers need: pip install "multi-token-prediction[text]"'
+            "SentencePiece tokenizers need, in a checkout: pip install '.[text]'"
         ) from error
     return sentencepiece

@@ -44,6 +44,8 @@ def compose(words: list[str]) -> RunConfig:
 
 def main(words: list[str]) -> None:
     """started=EPOCH, when the command began, lets the time of the installation count."""
+    if {"-h", "--help"} & set(words):
+        sys.exit(__doc__)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr, force=True)
     started = next((float(w.split("=")[1]) for w in words if w.startswith("started=")), time.time())
     config = compose([word for word in words if not word.startswith("started=")])

@@ -23,8 +23,8 @@ class PrepareConfig:
     shard_tokens: int = 2**26
 
 
-def progress() -> Callable[[int], None]:
-    """Counts documents and tokens; says so on stderr once a second."""
+def progress() -> tuple[Callable[[int], None], Callable[[], None]]:
+    """What counts documents and tokens and says so on stderr once a second, and what says it."""
     start = shown = time.monotonic()
     documents = tokens = 0
 
@@ -32,15 +32,21 @@ def progress() -> Callable[[int], None]:
         nonlocal shown, documents, tokens
         documents, tokens, now = documents + 1, tokens + n_tokens, time.monotonic()
         if now - shown >= 1:
-            shown, rate = now, tokens / (now - start)
-            line = f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
-            print(line, file=sys.stderr)
+            shown = now
+            say()
 
-    return report
+    def say() -> None:
+        rate = tokens / max(1e-3, time.monotonic() - start)
+        line = f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+        print(line, file=sys.stderr)
+
+    return report, say
 
 
 def prepare(config: PrepareConfig) -> None:
-    prepare_shards(config.data, config.out, config.workers, config.shard_tokens, progress())
+    report, say_all = progress()
+    prepare_shards(config.data, config.out, config.workers, config.shard_tokens, report)
+    say_all()
     print(f"written: {config.out}", file=sys.stderr)
 
 

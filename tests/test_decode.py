@@ -728,6 +728,17 @@ def test_texts_end_with_the_first_stop_string_wherever_it_lies(drafter, device):
             assert cut_at(ended, wanted) == text[: text.find(wanted)]
 
 
+def test_tokens_that_are_no_text_do_not_hide_a_stop_string():
+    stop = stop_at_text(Letters, "bc")
+    assert stop([4, 1, *[0] * 40, 2]) and not stop([1, *[0] * 40, 3])
+
+
+@pytest.mark.parametrize("ends", [("mat",), (["mat"],), (1, "b")])
+def test_end_tokens_are_ids(ends):
+    with pytest.raises(ValueError, match="give token ids; strings go to stop_at_text"):
+        stop_at(*ends)
+
+
 @pytest.mark.parametrize("strings", [(), ("",), ("a", "")])
 def test_stop_strings_may_not_be_empty(strings):
     with pytest.raises(ValueError, match="give at least one, and none of them empty"):

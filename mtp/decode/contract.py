@@ -251,7 +251,11 @@ class Completion:
 
 
 def stop_at(*ids: int) -> Callable[[list[int]], bool]:
-    """A `Request.stop` for end tokens."""
+    """A `Request.stop` for end tokens: any one of them ends the text."""
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(
+            f"stop_at{ids}: give token ids; strings go to stop_at_text(tokenizer, ...)"
+        )
     ends = frozenset(ids)
     return lambda new: new[-1] in ends
 
@@ -262,9 +266,18 @@ def stop_at_text(tokenizer: Any, *texts: str) -> Callable[[list[int]], bool]:
     """
     if not texts or not all(texts):
         raise ValueError(f"stop strings {texts!r}: give at least one, and none of them empty")
-    # Every token stands for a byte or more, and all but the last token were looked at before.
-    window = max(len(text.encode()) for text in texts) + 4
-    return lambda new: any(text in tokenizer.decode(new[-window:]) for text in texts)
+    longest = max(len(text.encode()) for text in texts)
+
+    def ends(new: list[int]) -> bool:
+        """All but the last token were looked at before: the end of the text is enough."""
+        window, needed = longest + 4, longest + len(tokenizer.decode(new[-1:]).encode())
+        tail = tokenizer.decode(new[-window:])
+        while len(tail.encode()) < needed and window < len(new):  # some tokens are no text
+            window *= 2
+            tail = tokenizer.decode(new[-window:])
+        return any(text in tail for text in texts)
+
+    return ends
 
 
 def cut_at(text: str, *stops: str) -> str:

@@ -240,7 +240,7 @@ def best_tree(scores: Tensor, nodes: int) -> Draft:
     """The `nodes` most probable beginnings of paths, if scores (B, K, V) are logits of K tokens
     that do not depend on each other: a tree, since none is more probable than its own beginning.
     """
-    logp, token = scores.log_softmax(-1).topk(min(nodes, scores.shape[-1]), -1)
+    logp, token = scores.float().log_softmax(-1).topk(min(nodes, scores.shape[-1]), -1)
     width = token.shape[-1]
     joint, tokens = [logp[:, 0]], [token[:, 0]]
     parents = [torch.full_like(token[:, 0], -1)]

@@ -208,8 +208,8 @@ class Decoding:
             self.state.memo.flatten(0, 1).index_copy_(0, index, memo.flatten(0, 1))
 
     def _write_pending(self) -> None:
-        at = chain(0, self.state.length, 1, self.slots, self.cache.k).where
-        self.flat_text.index_copy_(0, at, self.pending.flatten())
+        at = [row * self.slots + length for row, length in enumerate(self.state.length)]
+        self.flat_text[at] = self.pending[:, 0]
 
     def step(self) -> None:
         state, started = self.state, time.perf_counter()
