@@ -75,12 +75,22 @@ class OnText(NamedTuple):
 
 
 @torch.inference_mode()
-def on_text(model: Transformer, rows: Sequence[Sequence[int]], nodes: int) -> OnText:
+def on_text(
+    model: Transformer,
+    rows: Sequence[Sequence[int]],
+    nodes: int,
+    vocabulary: Tensor | None = None,
+) -> OnText:
+    """vocabulary: the only ids that are guessed, as in `OwnHeads`."""
     n, positions = model.config.n_future_tokens, 0
     in_chain, in_tree = torch.zeros(2, n - 1)
     for row in rows:  # one by one: all heads' logits are large
         tokens = torch.tensor([list(row)], device=model.embedding.weight.device)
         logits_TNV = model(tokens, return_all_heads=True)[0]
+        if vocabulary is not None:
+            kept = logits_TNV[:, 1:, vocabulary]
+            logits_TNV[:, 1:] = float("-inf")
+            logits_TNV[:, 1:, vocabulary] = kept
         best_NBT = logits_TNV.argmax(-1).T[:, None]
         agree, usable = agreements(best_NBT, torch.ones_like(best_NBT, dtype=torch.bool))
         span = usable.shape[1]
@@ -91,6 +101,16 @@ def on_text(model: Transformer, rows: Sequence[Sequence[int]], nodes: int) -> On
         in_tree += (path_length(draft, wanted)[:, None] >= depth).sum(0).cpu()
         positions += span
     return OnText((in_chain / positions).tolist(), (in_tree / positions).tolist())
+
+
+def coverage(rows: Sequence[Sequence[int]], ids: Tensor, ahead: int) -> list[float]:
+    """At how many places the next 1, 2, ... `ahead` tokens all are among ids.
+
+    >>> coverage([[1, 2, 1, 3, 1]], torch.tensor([1, 2]), ahead=2)
+    [0.75, 0.5]
+    """
+    known = torch.isin(torch.tensor(rows), ids).double().unfold(1, ahead, 1)
+    return known.cumprod(-1).mean((0, 1)).tolist()
 
 
 def path_length(draft: Draft, wanted: Tensor) -> Tensor:

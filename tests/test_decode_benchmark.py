@@ -9,6 +9,7 @@ import torch
 from conftest import tiny
 
 import benchmarks.decode
+import benchmarks.draft_vocabulary
 import benchmarks.texts
 import mtp
 from benchmarks.decode import (
@@ -149,6 +150,19 @@ def test_acceptance_on_text_counts_guesses_that_head_1_makes_later_itself():
         counts = torch.tensor(walked).float().mean(0)
         assert 0 < counts[1] < 1 and shares == pytest.approx(counts.tolist())
     assert sum(found.tree) > sum(found.chain)
+
+
+@torch.inference_mode()
+def test_acceptance_on_text_of_a_few_tokens_counts_guesses_among_them():
+    ours, ids = model(vocab_size=5), torch.tensor([3, 0, 1])
+    row = torch.randint(5, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    logits = ours(torch.tensor([row]), return_all_heads=True)[0]
+    own, guesses = logits[:, 0].argmax(-1), ids[logits[:, 1:, ids].argmax(-1)]
+    stands = [[guesses[t, j] == own[t + j + 1] for j in range(3)] for t in range(len(row) - 3)]
+    counts = torch.tensor(stands).float().cumprod(1).mean(0)
+    assert on_text(ours, [row], 1, ids).chain == pytest.approx(counts.tolist())
+    assert counts[0] > 0 and on_text(ours, [row], 1).chain != pytest.approx(counts.tolist())
+    assert on_text(ours, [row], 1, torch.arange(5)) == on_text(ours, [row], 1)
 
 
 def tree_paths(draft):
@@ -344,3 +358,58 @@ def test_a_model_that_cannot_be_compared_is_refused(trained, monkeypatch):
 def test_words_that_mean_nothing_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         DecodeConfig(**words)
+
+
+# Fewer tokens to guess.
+
+
+def test_vocabularies_take_turns_forth_and_back(monkeypatch):
+    turns = []
+
+    def clock(call):
+        call()
+        decoder = getattr(call, "__self__", None)
+        if decoder is None:
+            return 2.0  # a proposal, within a step
+        some = decoder.drafter.vocabulary
+        turns.append(13 if some is None else len(some))
+        return 5.0
+
+    monkeypatch.setattr("benchmarks.draft_vocabulary.seconds", clock)
+    rounds = benchmarks.draft_vocabulary.take_turns(model(), [4, 2], PROMPTS, mtp.Sampling(), 3)
+    assert turns[-9:] == [13, 4, 2, 2, 4, 13, 13, 4, 2]
+    assert rounds == [dict.fromkeys((13, 4, 2), (2.0, 5.0))] * 3
+
+
+def test_times_are_compared_within_a_round():
+    full, some = [(4.0, 10.0), (2.0, 8.0), (4.0, 8.0)], [(1.0, 7.0), (1.0, 7.0), (3.0, 8.0)]
+    rounds = [{9: a, 3: b} for a, b in zip(full, some, strict=True)]
+    f = benchmarks.draft_vocabulary.figures(rounds, 3, 9)
+    assert f["drafting_ratio"] == 0.5 and f["drafting_ratio_iqr"] == [0.25, 0.75]
+    assert f["step_ratio"] == 7 / 8 and f["share_of_step"] == 1 / 7
+    assert (f["drafting_seconds"], f["step_seconds"]) == (1.0, 7.0)
+
+
+def test_a_draft_vocabulary_is_timed_on_a_shape_and_judged_on_a_run(
+    trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("benchmarks.draft_vocabulary.shape", lambda name: model().config)
+    words = [f"model={trained}", "sizes=9,2", "batch=1,2", "rounds=2", "texts=4", "tokens=15"]
+    words += [f"name={tmp_path / 'out'}", "device=cpu"]
+    config = benchmarks.draft_vocabulary.parse(benchmarks.draft_vocabulary.VocabularyConfig, words)
+    values = json.loads(json.dumps(benchmarks.draft_vocabulary.run(config)))
+    recorded = json.loads((tmp_path / "out.json").read_text())["values"]
+    assert recorded["acceptance"].keys() == {"257", "9", "2"}
+    for name in ("greedy", "sampled"):
+        of_sizes = recorded["times"][f"batch 2, {name}"]
+        assert all(0 < f["share_of_step"] < 1 for f in of_sizes.values())
+        assert of_sizes["13"]["drafting_ratio"] == 1 and of_sizes.keys() == {"13", "9", "2"}
+    assert values["acceptance_length_full"] == recorded["acceptance"]["257"]["acceptance_length"]
+    assert values["drafting_ratio"] == recorded["times"]["batch 1, greedy"]["9"]["drafting_ratio"]
+    assert values["acceptance_length_full"] >= 1
+    # Of the first 13 bytes of a line, all that have two more behind them, 3 are lone spaces.
+    spaces = recorded["acceptance"]["2"]
+    assert (spaces["coverage"], spaces["oracle"]) == pytest.approx((3 / 13, 1 + 3 / 13))
+    assert recorded["acceptance"]["257"]["oracle"] == 4
+    assert 3 / 13 < values["coverage"] < 1 and 1 + 3 / 13 < values["oracle"] < 4
+    assert "drafting_ratio_iqr" in capsys.readouterr().out
