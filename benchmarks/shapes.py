@@ -13,6 +13,19 @@ SMALL = ModelConfig(dim=512, n_layers=8, n_heads=8, vocab_size=32768, max_seq_le
 OWN = {
     "small": SMALL,
     "20m": ModelConfig(dim=384, n_layers=12, n_heads=6, n_future_tokens=4, max_seq_len=2048),
+    # Trunk and head 1 are SmolLM2-135M's 30 layers; decoding wants a second head.
+    "smollm2-135m": ModelConfig(
+        dim=576,
+        n_layers=31,
+        n_heads=9,
+        n_kv_heads=3,
+        n_future_tokens=2,
+        hidden_dim=1536,
+        vocab_size=49152,
+        tie_embeddings=True,
+        rope_theta=1e5,
+        max_seq_len=2048,
+    ),
 }
 
 

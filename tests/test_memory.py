@@ -225,7 +225,7 @@ def test_the_plot_is_a_picture(cases, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"shapes": "small,7b"}, "shape '7b' is unknown: allowed are small, 0.3b, 0.6b"),
+        ({"shapes": "small,7b"}, "shape '7b' is unknown: allowed are small, 20m, "),
         ({"dtypes": "float16"}, "dtypes='float16' is unknown: allowed are float32, bfloat16"),
     ],
 )
