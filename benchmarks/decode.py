@@ -10,14 +10,14 @@ to their full length. Ours stand beside the plainest cached loop (`benchmarks.ba
 is installed, transformers' `generate` with its own defaults (`benchmarks.peers`), which takes
 drafts at batch 1 only. `draft` is a checkpoint of a smaller model with the same vocabulary.
 
-Every contender decodes every batch of prompts in every round, in an order that moves on each time
-and turns round in every other round. A contender's time is the sum over batches of its median over
-rounds, prompts included; `speedup` is over our plain decoding, with quartiles of the ratios of
-times within a turn. Acceptance length is new tokens per pass (transformers' drafted passes include
-the prompt's); `acceptance` is of the passes that offered a guess at that depth. What stands `on
-text` is teacher-forced over held-out rows: how many guesses head 1 would choose itself.
-`verify_cost` is of bare forwards as wide as the contender's pass, and `efficiency` = speedup x
-verify_cost / acceptance length: 1 where nothing is lost beside the passes themselves.
+Every contender decodes every group of prompts in every round, a single one or QUEUE per row, in an
+order that moves on each time and turns round in every other round. A contender's time is the sum
+over groups of its median over rounds, prompts included; `speedup` is over our plain decoding, with
+quartiles of the ratios of times within a turn. Acceptance length is new tokens per pass
+(transformers' drafted passes include the prompt's); `acceptance` is of the passes that offered a
+guess at that depth. What stands `on text` is teacher-forced over held-out rows: how many guesses
+head 1 would choose itself. `verify_cost` is of bare forwards as wide as the contender's pass, and
+`efficiency` = speedup x verify_cost / acceptance length: 1 where nothing is lost beside the passes.
 
 A text that leaves the reference, our plain one at the first batch size, does so at a near-tie where
 the two best logits at the first difference, read anew, are nearer than NEAR. `sampled_apart` counts
@@ -58,6 +58,7 @@ from mtp.run import find_device
 from mtp.train import PRECISIONS
 
 NODES = 16  # of the tree
+QUEUE = 4  # texts per row of a batch: rows end at different steps, and ours take the next text then
 LOOKUP = 10  # tokens that prompt lookup copies
 NEAR = {"float32": 1e-3, "bfloat16": 0.25}  # logits that rounding may put in another order
 QUIET = 0.5  # load at the start
@@ -99,11 +100,12 @@ class DecodeConfig:
     @property
     def needed(self) -> int:
         """How many prompts."""
-        return max(self.prompts, *self.sizes)
+        return max(self.prompts, *(QUEUE * rows for rows in self.sizes))
 
     def groups(self, prompts: Prompts, rows: int) -> list[Prompts]:
-        whole = max(self.prompts, rows) // rows * rows
-        return [prompts[i : i + rows] for i in range(0, whole, rows)]
+        size = QUEUE * rows if rows > 1 else 1
+        whole = max(self.prompts, size) // size * size
+        return [prompts[i : i + size] for i in range(0, whole, size)]
 
 
 # Contenders.
@@ -138,23 +140,33 @@ def heads(depth: int) -> str:
     return f"{depth} head{'s' * (depth > 1)}"
 
 
-def decode_ours(model: Transformer, words: dict[str, Any], prompts: Prompts, new: int) -> Decoded:
+def decode_ours(
+    model: Transformer, words: dict[str, Any], rows: int, prompts: Prompts, new: int
+) -> Decoded:
     requests = [mtp.Request(prompt, new) for prompt in prompts]
-    done = mtp.generate(model, requests, batch_size=len(prompts), **words)
+    done = mtp.generate(model, requests, batch_size=rows, **words)
     drafted, accepted = (_sums(getattr(c, key) for c in done) for key in ("drafted", "accepted"))
     return Decoded([c.tokens for c in done], sum(c.steps for c in done), drafted, accepted)
 
 
 @torch.inference_mode()
-def decode_bare(model: Transformer, prompts: Prompts, new: int) -> Decoded:
-    texts = [list(text) for text in zip(*bare_loop(model, prompts, new), strict=True)]
+def decode_bare(model: Transformer, rows: int, prompts: Prompts, new: int) -> Decoded:
+    batches = [bare_loop(model, some, new) for some in _by(rows, prompts)]
+    texts = [list(text) for batch in batches for text in zip(*batch, strict=True)]
     return Decoded(texts, (new - 1) * len(prompts), [], [])
 
 
-def decode_peer(peer: Peer, prompts: Prompts, new: int) -> Decoded:
+def decode_peer(peer: Peer, rows: int, prompts: Prompts, new: int) -> Decoded:
     """It does not say at which depth it accepts."""
-    texts, steps = peer(prompts, new), peer.passes * len(prompts)
+    texts, steps = [], 0
+    for some in _by(rows, prompts):
+        texts += peer(some, new)
+        steps += peer.passes * len(some)
     return Decoded(texts, steps, [], [new * len(prompts) - steps])
+
+
+def _by(rows: int, prompts: Prompts) -> list[Prompts]:
+    return [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
 
 
 def peers(model: Transformer, draft: Transformer | None) -> dict[str, Peer]:
@@ -174,10 +186,10 @@ def contenders(
     model: Transformer, mine: Mapping[str, dict[str, Any]], theirs: Mapping[str, Peer], rows: int
 ) -> dict[str, Contender]:
     return {
-        **{name: partial(decode_ours, model, words) for name, words in mine.items()},
-        BARE: partial(decode_bare, model),
+        **{name: partial(decode_ours, model, words, rows) for name, words in mine.items()},
+        BARE: partial(decode_bare, model, rows),
         **{
-            name: partial(decode_peer, peer)
+            name: partial(decode_peer, peer, rows)
             for name, peer in theirs.items()
             if rows == 1 or not peer.options  # they take drafts for single texts only
         },
@@ -217,12 +229,12 @@ def take_turns(
     return Turns(took, done)
 
 
-def figures(turns: Turns, name: str) -> dict[str, Any]:
+def figures(turns: Turns, name: str, rows: int) -> dict[str, Any]:
     """Of one contender at one batch size: what its turns alone say."""
     done, medians = turns.done[name], [statistics.median(x) for x in turns.took[name]]
     base = sum(statistics.median(x) for x in turns.took[PLAIN])
     pairs = zip(chain(*turns.took[PLAIN]), chain(*turns.took[name]), strict=True)
-    steps, rows = sum(d.steps for d in done), len(done[0].texts)
+    steps = sum(d.steps for d in done)
     drafted, accepted = _sums(d.drafted for d in done), _sums(d.accepted for d in done)
     return {
         "tokens_per_second": sum(len(t) for d in done for t in d.texts) / sum(medians),
@@ -272,11 +284,11 @@ def compare(
         if model.embedding.weight.device.type == "cpu":
             torch.set_num_threads(fastest_threads(brief))
         turns = take_turns(some, groups, config.new_tokens, config.rounds)
-        found[rows] = {name: figures(turns, name) for name in some}
+        found[rows] = {name: figures(turns, name, rows) for name in some}
         for name, f in found[rows].items():
             f |= {"ours": name in mine, "threads": torch.get_num_threads()}
             f |= judge([t for d in turns.done[name] for t in d.texts])
-        for name, texts in sampled_apart(model, mine, groups[0], config.new_tokens).items():
+        for name, texts in sampled_apart(model, mine, rows, groups[0], config.new_tokens).items():
             found[rows][name]["sampled_apart"] = texts
         for name, drafter in at_fixed_depth(mine).items():
             f, cost = found[rows][name], ideal_cost(model, drafter, config, rows)
@@ -304,15 +316,15 @@ def disturbances(load: float, found: Figures) -> list[str]:
 
 
 def sampled_apart(
-    model: Transformer, mine: Mapping[str, dict[str, Any]], prompts: Prompts, new: int
+    model: Transformer, mine: Mapping[str, dict[str, Any]], rows: int, prompts: Prompts, new: int
 ) -> dict[str, int]:
-    """Of each of ours: how many texts, sampled at temperature 1 in one batch, are not those that
+    """Of each of ours: how many texts, sampled at temperature 1 in batches, are not those that
     plain decoding gives one by one.
     """
     requests = [mtp.Request(prompt, new, seed) for seed, prompt in enumerate(prompts)]
     decode = partial(mtp.generate, model, requests, sampling=mtp.Sampling(1.0))
     alone = [c.tokens for c in decode(batch_size=1)]
-    batched = {name: decode(batch_size=len(prompts), **words) for name, words in mine.items()}
+    batched = {name: decode(batch_size=rows, **words) for name, words in mine.items()}
     return {
         name: sum(c.tokens != text for c, text in zip(done, alone, strict=True))
         for name, done in batched.items()

@@ -215,7 +215,7 @@ def test_figures_add_up():
     took = {PLAIN: [[4.0, 9.0, 4.0], [2.0, 2.0, 2.0]], "x": [[2.0, 2.0, 3.0], [1.0, 1.0, 8.0]]}
     done = Decoded([[1, 2, 3], [4, 5, 6]], 2, [2, 1], [1, 1])
     turns = Turns(took, {PLAIN: [done] * 2, "x": [done, done._replace(accepted=[2, 0])]})
-    f = figures(turns, "x")
+    f = figures(turns, "x", 2)
     assert f["tokens_per_second"] == 12 / 3 and f["speedup"] == 6 / 3
     assert f["acceptance_length"] == 1 + 4 / 4 and f["acceptance"] == [3 / 4, 1 / 2]
     assert f["step_seconds"] == 3 / (4 / 2)
@@ -259,9 +259,9 @@ def test_all_contenders_write_one_text_at_every_batch_size(alone):
 
 def test_texts_that_are_sampled_otherwise_are_counted():
     ours, words = model(), {"plain": {}, "heads": {"drafter": OwnHeads()}}
-    assert sampled_apart(ours, words, PROMPTS, 9) == {"plain": 0, "heads": 0}
+    assert sampled_apart(ours, words, 2, PROMPTS, 9) == {"plain": 0, "heads": 0}
     wrong = {"other law": {"drafter": OwnHeads(), "rule": "exact"}}
-    assert sampled_apart(ours, wrong, PROMPTS, 9)["other law"] > 0
+    assert sampled_apart(ours, wrong, 2, PROMPTS, 9)["other law"] > 0
 
 
 def test_the_ideal_step_is_as_wide_as_the_real_one(monkeypatch, alone):
