@@ -10,7 +10,7 @@ to their full length. Ours stand beside the plainest cached loop (`benchmarks.ba
 is installed, transformers' `generate` with its own defaults (`benchmarks.peers`), which takes
 drafts at batch 1 only. `draft` is a checkpoint of a smaller model with the same vocabulary.
 
-Every contender decodes every group of prompts in every round, a single one or QUEUE per row, in an
+Every contender decodes every group of prompts (one, or `queue` per row) in every round, in an
 order that moves on each time and turns round in every other round. A contender's time is the sum
 over groups of its median over rounds, prompts included; `speedup` is over our plain decoding, with
 quartiles of the ratios of times within a turn. Acceptance length is new tokens per pass
@@ -21,7 +21,7 @@ head 1 would choose itself. `verify_cost` is of bare forwards as wide as the con
 
 A text that leaves the reference, our plain one at the first batch size, does so at a near-tie where
 the two best logits at the first difference, read anew, are nearer than NEAR. `sampled_apart` counts
-texts that one batch of ours samples otherwise than plain decoding does one by one. The last line is
+texts that batches of ours sample otherwise than plain decoding does one by one. The last line is
 one JSON object; heads stand there at full depth and at the first batch size.
 """
 
@@ -50,15 +50,14 @@ from benchmarks.record import parse, record
 from benchmarks.shapes import shape
 from benchmarks.texts import Judge, OnText, on_text, rows_of
 from benchmarks.timing import copy_bandwidth, fastest_threads, seconds, spread
-from mtp.data import DataConfig, iter_documents
+from mtp.data import iter_documents
 from mtp.decode.depth import AdaptiveDepth
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup
 from mtp.model import Transformer
-from mtp.run import find_device
+from mtp.run import data_of, find_device
 from mtp.train import PRECISIONS
 
 NODES = 16  # of the tree
-QUEUE = 4  # texts per row of a batch: rows end at different steps, and ours take the next text then
 LOOKUP = 10  # tokens that prompt lookup copies
 NEAR = {"float32": 1e-3, "bfloat16": 0.25}  # logits that rounding may put in another order
 QUIET = 0.5  # load at the start
@@ -69,7 +68,8 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass
 class DecodeConfig:
-    """batch: sizes, the reference first. prompts: decoded at each batch size, or one batch.
+    """batch: sizes, the reference first. prompts: decoded at each batch size, or one group.
+    queue: texts per row of a batch; rows end at different steps, and ours take the next one then.
     texts: held-out rows of prompt_tokens + new_tokens for the teacher-forced figures. pairs: of
     bare forwards behind a `verify_cost`. name: of the files written.
     """
@@ -79,6 +79,7 @@ class DecodeConfig:
     batch: str = "1,8"
     precision: str = "float32"
     prompts: int = 16
+    queue: int = 4
     prompt_tokens: int = 128
     new_tokens: int = 256
     rounds: int = 3
@@ -100,10 +101,10 @@ class DecodeConfig:
     @property
     def needed(self) -> int:
         """How many prompts."""
-        return max(self.prompts, *(QUEUE * rows for rows in self.sizes))
+        return max(self.prompts, *(self.queue * rows for rows in self.sizes))
 
     def groups(self, prompts: Prompts, rows: int) -> list[Prompts]:
-        size = QUEUE * rows if rows > 1 else 1
+        size = self.queue * rows if rows > 1 else 1
         whole = max(self.prompts, size) // size * size
         return [prompts[i : i + size] for i in range(0, whole, size)]
 
@@ -400,7 +401,7 @@ def prepare(
         vocabulary, size = model.config.vocab_size, (config.needed, config.prompt_tokens)
         return model, torch.randint(vocabulary, size, generator=torch.Generator()).tolist(), None
     model, tokenizer = mtp.load(config.model, device, dtype), mtp.load_tokenizer(config.model)
-    data = DataConfig(**json.loads((Path(config.model) / "run.json").read_text())["data"])
+    data = data_of(config.model)
     count, length = max(config.texts, config.needed), config.prompt_tokens + config.new_tokens
     rows = rows_of(iter_documents(data, held_out=True), tokenizer, count, length)
     text = on_text(model, rows, NODES)

@@ -20,7 +20,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,10 +32,10 @@ from benchmarks.record import parse, record
 from benchmarks.shapes import shape
 from benchmarks.texts import coverage, on_text, rows_of
 from benchmarks.timing import fastest_threads, seconds, spread
-from mtp.data import DataConfig, frequent_tokens, iter_documents, load_corpus
+from mtp.data import frequent_tokens, iter_documents, load_corpus
 from mtp.decode.contract import Draft, State
 from mtp.decode.loop import Decoding
-from mtp.run import find_device
+from mtp.run import data_of, find_device
 
 
 @dataclass
@@ -108,7 +107,7 @@ def times(config: VocabularyConfig, sizes: list[int], device: torch.device) -> d
 
 def acceptance(config: VocabularyConfig, sizes: list[int], device: torch.device) -> Figures:
     model, tokenizer = mtp.load(config.model, device), mtp.load_tokenizer(config.model)
-    data = DataConfig(**json.loads((Path(config.model) / "run.json").read_text())["data"])
+    data = data_of(config.model)
     rows = rows_of(iter_documents(data, True), tokenizer, config.texts, config.tokens)
     frequent = frequent_tokens(load_corpus(data, tokenizer, False), max(sizes))
     full, found = model.config.vocab_size, {}

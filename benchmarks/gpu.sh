@@ -49,7 +49,7 @@ for what in ${@:-train decode}; do
             part "train_speed_${gpu}_6.7b" 160 $speed shape=6.7b batch_size=2 precision=pure_bfloat16 pairs=7
             ;;
         decode)
-            decode="benchmarks.decode device=cuda precision=bfloat16 batch=1,8,64 new_tokens=128"
+            decode="benchmarks.decode device=cuda precision=bfloat16 batch=1,8,64 new_tokens=128 queue=1"
             part "decode_${gpu}_1.3b" 300 $decode model=1.3b prompts=1
             [[ -z ${RUN:-} ]] || part "decode_${gpu}_$(basename "$RUN")" 280 $decode "model=$RUN" prompts=4
             ;;

@@ -170,6 +170,16 @@ def _beside(config: RunConfig, tokenizer: Tokenizer, flops: float, at_start: int
     return hooks
 
 
+def data_of(where: str | Path) -> DataConfig:
+    """The data of the run that left a checkpoint, `where` as for `mtp.load`. ValueError if a run
+    did not leave it.
+    """
+    written = checkpoint.find(where).parent.parent / "run.json"
+    if not written.is_file():
+        raise ValueError(f"no {written} tells the data that {where} was trained on")
+    return DataConfig(**json.loads(written.read_text(encoding="utf-8"))["data"])
+
+
 def find_device(name: str) -> torch.device:
     """ "auto" prefers CUDA, then MPS, then the CPU."""
     if name == "auto":

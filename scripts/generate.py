@@ -9,7 +9,6 @@ With check=true it says instead whether the checkpoint's heads are sound, on the
 held out or on given prompts; exit status 1 if they are not.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -28,8 +27,7 @@ from mtp.decode.contract import Drafter
 from mtp.decode.drafters import make_drafter
 from mtp.decode.health import health
 from mtp.decode.probe import fastest
-from mtp.documents import DataConfig
-from mtp.run import find_device
+from mtp.run import data_of, find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
 from scripts.cli import launch
@@ -225,13 +223,10 @@ def check(config: GenerateConfig) -> None:
 
 def _held_out(where: str, tokenizer: Tokenizer, n: int, longest: int) -> list[list[int]]:
     """Rows of the text that a run was not trained on, without padding."""
-    written = checkpoint.find(where).parent.parent / "run.json"
-    if not written.is_file():
-        raise ValueError(
-            f"check=true finds no {written} that tells what was held out: "
-            f"give prompt=TEXT or prompts=FILE"
-        )
-    data = DataConfig(**json.loads(written.read_text(encoding="utf-8"))["data"])
+    try:
+        data = data_of(where)
+    except ValueError as error:
+        raise ValueError(f"check=true: {error}; give prompt=TEXT or prompts=FILE") from error
     corpus = load_corpus(data, tokenizer, held_out=True)
     batch = next(Batches(corpus, data.seq_len, n, CHECKED_ROWS))
     rows = [row[doc >= 0] for row, doc in zip(batch.row, batch.doc, strict=True)]
