@@ -165,7 +165,10 @@ class Rejection:
         self.sampling, self.word, self.judge = sampling, word, judge
 
     def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
-        raise ValueError(f"rule={self.word} takes chains of guesses: trees need rule=match")
+        raise self._for_chains()
+
+    def _for_chains(self) -> ValueError:
+        return ValueError(f"rule={self.word} takes chains of guesses: trees need rule=match")
 
     def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
         noise = self.sampling.noise(_of_step(place, ahead, logits.shape[1]), logits, GUESS)
@@ -174,7 +177,7 @@ class Rejection:
 
     def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         if draft.parents is not None:
-            self.scores(logits, place)
+            raise self._for_chains()
         p, tokens = self.sampling.probs(logits), draft.tokens
         offered = (tokens >= 0).long().cumprod(1)[..., None]
         at = tokens.clamp(min=0)[..., None]
