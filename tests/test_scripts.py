@@ -70,14 +70,17 @@ def shell(name, *words):
     )
 
 
-@pytest.fixture(scope="module")
-def trained(texts, tmp_path_factory):
+def run_in(folder, *words):
     """A run directory that `python scripts/train.py` left, and what the command said."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    words = [*SMALL, *texts, f"run_dir={folder}", "train.steps=30", "train.optim.lr=1e-2"]
-    done = shell("train", *words, "train.optim.warmup_steps=1")
+    done = shell("train", *SMALL, f"run_dir={folder}", "train.optim.lr=1e-2", *words)
     assert done.returncode == 0, done.stderr
     return folder, done
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return run_in(folder, *texts, "train.steps=30", "train.optim.warmup_steps=1")
 
 
 # From a shell.
@@ -179,10 +182,7 @@ def test_the_settings_are_said_and_set(words, trained, command):
 def sound(texts, tmp_path_factory):
     """A run that learnt its text well enough for every head to know its place."""
     folder = tmp_path_factory.mktemp("sound") / "run"
-    words = [*SMALL, *texts, f"run_dir={folder}", "train.steps=150", "train.optim.lr=1e-2"]
-    done = shell("train", *words, "train.batch_size=8")
-    assert done.returncode == 0, done.stderr
-    return folder
+    return run_in(folder, *texts, "train.steps=150", "train.batch_size=8")[0]
 
 
 @pytest.mark.parametrize("words", [[], ["prompt='def a(self'"]])
