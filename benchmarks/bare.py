@@ -21,6 +21,7 @@ from benchmarks.timing import ratio, seconds
 from mtp.decode.contract import Request
 from mtp.decode.loop import Decoding
 from mtp.model import Rotation, Transformer, rotate
+from mtp.packed import project
 
 Caches = list[tuple[Tensor, Tensor]]
 
@@ -76,8 +77,8 @@ def next_latent(
 
 def next_token(model: Transformer, latent: Tensor, head: int = 0) -> Tensor:
     """Latent (B, T, D) of a head -> ids (B, 1) after its last column."""
-    weights = model.output.weights
-    return F.linear(model.norm(latent[:, -1:]), weights[head % len(weights)]).argmax(-1)
+    matrices = model.output.matrices
+    return project(model.norm(latent[:, -1:]), matrices[head % len(matrices)]).argmax(-1)
 
 
 def bare_loop(
@@ -158,7 +159,7 @@ def verify_cost(
 
     def verify() -> None:
         latent, z = next_latent(model, tokens, caches, apart)
-        F.linear(model.norm(latent), model.output.weights[0]).argmax(-1)
+        model.logits(latent).argmax(-1)
         for i, head in enumerate(list(model.heads.heads)[1:heads], 1):
             next_token(model, block(head, z, caches[len(model.trunk) + i], apart), i)
 

@@ -275,8 +275,9 @@ def compare(
     draft: Transformer | None,
     text: OnText | None,
 ) -> Figures:
-    judge, found = Judge(model, prompts, NEAR[config.precision]), {}
     theirs = peers(model, draft)
+    model, draft = model.packed(), draft and draft.packed()
+    judge, found = Judge(model, prompts, NEAR[config.precision]), {}
     for rows in config.sizes:
         mine = ours(model, draft)  # anew: what adapts does so to this batch size
         groups, some = config.groups(prompts, rows), contenders(model, mine, theirs, rows)

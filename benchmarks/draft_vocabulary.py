@@ -93,7 +93,7 @@ def figures(rounds: list[Round], size: int, full: int) -> dict[str, Any]:
 
 
 def times(config: VocabularyConfig, sizes: list[int], device: torch.device) -> dict[str, Figures]:
-    model = mtp.Transformer(shape(config.shape)).to(device)
+    model = mtp.Transformer(shape(config.shape)).to(device).packed()
     full, found = model.config.vocab_size, {}
     ways = {"greedy": mtp.Sampling(), "sampled": mtp.Sampling(config.temperature)}
     for rows, way in product(map(int, config.batch.split(",")), ways):

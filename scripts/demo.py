@@ -68,7 +68,7 @@ def main(words: list[str]) -> None:
     decoding = DecodeConfig()
     prompts = held_out_prompts(held_out, tokenizer, decoding.prompts, decoding.prompt_tokens)
     log.info("%d held-out prompts: plainly, with heads, and the plainest loop", len(prompts))
-    figures, done = measure(model, prompts, decoding, report=said)
+    figures, done = measure(model.packed(), prompts, decoding, report=said)
     summary = {
         "params": sum(p.numel() for p in model.parameters()),
         "train_tokens": progress.tokens,

@@ -92,7 +92,7 @@ def _settings(config: GenerateConfig) -> tuple[list[int], list[str]]:
 
 
 def _load(config: GenerateConfig, checkpoint: str, precision: str) -> mtp.Transformer:
-    return mtp.load(checkpoint, find_device(config.device), PRECISIONS[precision])
+    return mtp.load(checkpoint, find_device(config.device), PRECISIONS[precision]).packed()
 
 
 def _tokenizer(where: str) -> Tokenizer:

@@ -281,7 +281,7 @@ def test_text_does_not_depend_on_the_depth_of_its_steps(policy, drafter, kind, s
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_depth_policy_is_told_what_happened(batch_size, device):
-    """Of busy rows only: seven requests leave rows of three idle in the end."""
+    """Of all rows that there are: seven requests leave fewer than three in the end."""
     model, requests = target("transformer", device), some_requests()
     drafter = Oracle(requests, truths(model, requests), 3, sometimes(wrong))
     depth = Scheduled()
@@ -401,7 +401,8 @@ def test_proposals_are_those_of_a_fresh_copy_that_reads_from_the_start(
     kind, drafter, batch_size, lead, device
 ):
     """Stale caches never change the text, only the acceptance: nothing else would notice them.
-    Before a comparison come steps of all lengths, skipped ones, refilled rows, copied prompts.
+    Before a comparison come steps of all lengths, skipped ones, rows that are refilled or move,
+    copied prompts.
     """
     requests = [*samples_of_one_prompt(4), *some_requests(stop=False)[:3]]
     truth = truths(target(kind, device), requests, Sampling(1.0))
@@ -413,7 +414,7 @@ def test_proposals_are_those_of_a_fresh_copy_that_reads_from_the_start(
 @pytest.mark.parametrize("sizes", [(3, 1), (2, 2), (5, 3)])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_lookups_are_those_of_a_search_through_the_whole_text(batch_size, sizes, device):
-    """Rows that are refilled, samples of one prompt, skipped steps; idle rows get no offers."""
+    """Rows that are refilled or move, samples of one prompt, skipped steps."""
     offered = []
 
     class Watched(PromptLookup):
@@ -421,7 +422,7 @@ def test_lookups_are_those_of_a_search_through_the_whole_text(batch_size, sizes,
             draft = super().propose(state, k)
             for row, length in enumerate(state.length):
                 text = state.text[row, : length + 1].tolist()
-                wanted = rescanned(text, k, *sizes) if length > 1 else []  # 1: the row is idle
+                wanted = rescanned(text, k, *sizes)
                 got = draft.tokens[row].tolist()
                 assert got in ([wanted] if wanted else [[], [-1] * k])
                 offered.append(bool(wanted))

@@ -19,10 +19,10 @@ OPTIONAL = (
 # A module may import what stands in the levels above its own line, the first two lines nothing.
 LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.documents"),
-    *("mtp.blocks", "mtp.optim", "mtp.decode.contract", "mtp.decode.depth"),
+    *("mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract", "mtp.decode.depth"),
 }
 EXACT = {
-    "mtp.model": {"mtp.heads", "mtp.loss", "mtp.decode.contract"},
+    "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},

@@ -84,12 +84,11 @@ class OwnHeads:
             self._take_rows(self.vocabulary)
 
     def _take_rows(self, vocabulary: Tensor) -> None:
-        """Rows of the unembedding lie apart: a copy is read as fast as a smaller matrix."""
-        weights, last = self.model.output.weights, self.model.config.vocab_size - 1
+        last = self.model.config.vocab_size - 1
         if vocabulary.min() < 0 or vocabulary.max() > last:
             raise ValueError(f"vocabulary has token ids outside 0..{last}")
-        self.ids = vocabulary.to(weights[0].device)
-        self.weights = [weight.detach()[self.ids] for weight in weights]
+        self.ids = vocabulary.to(self.model.embedding.weight.device)
+        self.matrices = self.model.output.rows(self.ids)
 
     def begin(self, rows: int, slots: int) -> None:
         self.reader = Reader(self.model.new_cache(self.model.rest_layers, rows, slots), rows)
@@ -118,7 +117,7 @@ class OwnHeads:
         """Latents (R, D) -> logits (R, K, V), -inf for tokens that are not to be guessed."""
         if self.vocabulary is None:
             return self.model.draft_logits(latents)
-        some = self.model.draft_logits(latents, self.weights)
+        some = self.model.draft_logits(latents, self.matrices)
         sizes = (*some.shape[:-1], self.model.config.vocab_size)
         return some.new_full(sizes, float("-inf")).index_copy_(-1, self.ids, some)
 
@@ -204,16 +203,12 @@ class PromptLookup:
 
     def propose(self, state: State, k: int) -> Draft:
         ends = [n + 1 for n in state.length]
-        lagging = [len(text) for text, end in zip(self.texts, ends, strict=True) if len(text) < end]
-        first = min(lagging, default=max(ends))
+        known = [len(text) for text, _ in zip(self.texts, ends, strict=False)]
+        first = min(known)
         news = state.text[:, first : max(ends)].tolist()
         for row, end in enumerate(ends):
-            if (known := len(self.texts[row])) < end:
-                self._extend(row, news[row][known - first : end - first])
-        guesses = [  # an idle row has gone back: nothing is offered there
-            self._following(row, k) if len(self.texts[row]) == end else []
-            for row, end in enumerate(ends)
-        ]
+            self._extend(row, news[row][known[row] - first : end - first])
+        guesses = [self._following(row, k) for row in range(len(ends))]
         if not any(guesses):
             return Draft(state.text[:, :0])  # a plain step costs less than k refusals
         tokens = [guess or [-1] * k for guess in guesses]

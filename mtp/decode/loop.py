@@ -92,8 +92,8 @@ class Decoding:
     the steps and yields (number of a request, its newest tokens) as soon as they are decided; a new
     iteration goes on where the last was left. `completions` holds all so far.
 
-    By hand, under inference_mode: `fill` reads waiting prompts into free rows, `step` is one pass
-    over all rows.
+    By hand, under inference_mode: `fill` reads waiting prompts into free rows and must come before
+    each `step`, one pass over all rows.
     """
 
     def __init__(
@@ -159,14 +159,30 @@ class Decoding:
         return self.rule.scores(logits, self.place, ahead)
 
     def fill(self) -> bool:
-        """Give free rows to waiting requests; False when no row is busy."""
+        """Give free rows to waiting requests, or else take them out; False when none is left."""
         for row in range(len(self.owner)):
             while self.waiting and self.owner[row] is None:
                 self._admit(row, self.waiting.pop())
+        for row in reversed(range(len(self.owner))):
             if self.owner[row] is None:
-                self.state.length[row] = 1  # an idle row spins in place, over its old prompt
-                self.prompts[row] = None
-        return any(owner is not None for owner in self.owner)
+                self._take_out(row)
+        return bool(self.owner)
+
+    def _take_out(self, row: int) -> None:
+        """The last row moves to this one's place."""
+        state, last = self.state, len(self.owner) - 1
+        if row < last:
+            self._copy_text(last, row, state.length[last])
+            self.pending[row] = self.pending[last]
+            for of_row in (self.owner, state.length, state.seed):
+                of_row[row] = of_row[last]  # type: ignore[index,assignment]
+            self.drafter.admit(state, row, last)
+        for of_row in (self.owner, state.length, state.seed):
+            of_row.pop()  # type: ignore[attr-defined]
+        self.pending, state.text = self.pending[:last], state.text[:last]
+        self.nothing = Draft(state.text[:, :0])
+        if state.memo is not None:
+            state.memo = state.memo[:last]
 
     def _admit(self, row: int, i: int) -> None:
         """Read the prompt in this row alone, or copy it from a row that holds the same one, and
@@ -180,7 +196,8 @@ class Decoding:
         if source is None:
             self._read_prompt(row, torch.tensor([prompt], device=state.text.device))
         elif source != row:
-            self._copy_prompt(source, row, length)
+            self._copy_text(source, row, length)
+            self.prompt_end[row] = self.prompt_end[source]
         self.drafter.admit(state, row, source)
         logits, nothing = self.model.logits(self.prompt_end[row]), Draft(self.nothing.tokens[:1])
         verdict = self.rule(logits, nothing, Place([request.seed], [length], 1))
@@ -194,9 +211,8 @@ class Decoding:
         self.prompt_end[row] = latent[:, -1:]
         self._keep(layout.where, memo)
 
-    def _copy_prompt(self, source: int, row: int, length: int) -> None:
+    def _copy_text(self, source: int, row: int, length: int) -> None:
         self.cache.copy(source, row, length)
-        self.prompt_end[row] = self.prompt_end[source]
         for x in (self.state.text, self.state.memo):
             if x is not None:
                 x[row, :length] = x[source, :length]
@@ -213,7 +229,8 @@ class Decoding:
 
     def step(self) -> None:
         state, started = self.state, time.perf_counter()
-        k = min(self.drafter.depth, max(map(self._room, range(len(self.owner)))) - 1)
+        rows = range(len(self.owner))
+        k = min(self.drafter.depth, max(map(self._room, rows)) - 1)
         if self.depth is not None:
             k = self.depth.choose(k)
         self.place = Place(list(state.seed), [n + 1 for n in state.length], 1 + k)
@@ -235,14 +252,13 @@ class Decoding:
         accepted, following = verdict.accepted.tolist(), verdict.next.tolist()
         paths = self._paths(verdict, accepted)
         offered, guesses = self._offered(draft), draft.tokens.tolist()
-        busy = [row for row, owner in enumerate(self.owner) if owner is not None]
-        for row in busy:
+        for row in rows:
             state.length[row] += len(paths[row])
             self._count(row, offered[row], accepted[row])
             self._settle(row, guesses[row], following[row], paths[row], logits[row])
         if self.depth is not None:
             seconds = time.perf_counter() - started  # complete: the verdict was read
-            self.depth.observe(k, [accepted[row] for row in busy], seconds)
+            self.depth.observe(k, accepted, seconds)
 
     def _paths(self, verdict: Verdict, accepted: list[int]) -> list[Sequence[int]]:
         """The columns that stand, per row. Those of a tree are moved behind one another first."""
@@ -291,11 +307,8 @@ class Decoding:
     def _room(self, row: int) -> int:
         """New tokens that the row's request still takes."""
         owner = self.owner[row]
-        return (
-            0
-            if owner is None
-            else self.requests[owner].max_new_tokens - len(self.completions[owner].tokens)
-        )
+        assert owner is not None
+        return self.requests[owner].max_new_tokens - len(self.completions[owner].tokens)
 
     def _count(self, row: int, depths: Sequence[int], accepted: int) -> None:
         """depths: of the guesses offered, 1 for those after the pending token. Guesses for
