@@ -20,6 +20,7 @@ OPTIONAL = (
 LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.documents"),
     *("mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract", "mtp.decode.depth"),
+    *("mtp.evaluate.sandbox", "mtp.evaluate._child"),
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},

@@ -1,0 +1,1 @@
+"""Evaluation: programs that a model wrote are run here, and nowhere else."""
