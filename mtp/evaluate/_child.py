@@ -89,7 +89,7 @@ def mount_namespace(setup):
     for path in setup["readable"]:
         mount_point(root + path, like=path)
         mount(path, root + path, flags=MS_BIND | MS_REC)
-    os.makedirs(root + work)
+    os.makedirs(root + work, exist_ok=True)
     attributes = (ctypes.c_uint64 * 4)(MOUNT_READ_ONLY | MOUNT_NO_SUID)
     at = (AT_FDCWD, root.encode(), AT_RECURSIVE)
     call("syscall", MOUNT_SETATTR, *at, attributes, ctypes.c_size_t(32))
@@ -204,13 +204,15 @@ def run(program, channel, nonce):
     The name is not `__main__`, as in the established harnesses: what a model writes below such a
     guard is no part of its function.
     """
-    write, leave = os.write, os._exit  # the program may replace them
+    write, leave, pid = os.write, os._exit, os.getpid  # the program may replace them
+    own = pid()
     module = sys.modules["program"] = type(sys)("program")
     sys.argv = ["program.py"]
     status = 1
     try:
         exec(compile(program, "program.py", "exec", dont_inherit=True), module.__dict__)
-        write(channel, nonce)
+        if pid() == own:  # and not a fork of it
+            write(channel, nonce)
         status = 0
     except SystemExit as early:
         status = 0 if early.code in (None, 0) else 1

@@ -38,8 +38,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -121,10 +122,7 @@ class Sandbox:
         if not sys.platform.startswith("linux"):
             raise OSError("the sandbox needs Linux")
         self.limits, self.level = limits or Limits(), level
-        outcome, granted = self._attempt("", LAYERS)
-        if not outcome.passed:
-            raise OSError(f"the sandbox's interpreter does not start: {outcome}")
-        self.layers = tuple(granted)
+        self.layers = self._probe()
         if level == "strong" and (broken := self.broken_promises()):
             raise OSError(
                 f"this host cannot run untrusted programs safely: no bound on {'; '.join(broken)}. "
@@ -153,7 +151,7 @@ class Sandbox:
     def run(self, program: str) -> Outcome:
         """One program, source and tests; it passes if it reaches its end."""
         outcome, granted = self._attempt(program, self.layers)
-        if granted != list(self.layers) and outcome.verdict not in ("timeout", "output_limit"):
+        if granted != self.layers and outcome.verdict not in ("timeout", "output_limit"):
             return Outcome("harness_error", outcome.output, outcome.seconds)
         return outcome
 
@@ -169,6 +167,17 @@ class Sandbox:
                 for program, outcome in zip(batch, list(pool.map(self.run, batch)), strict=True):
                     yield self.run(program) if outcome.verdict == "timeout" else outcome
 
+    def _probe(self) -> tuple[str, ...]:
+        """The layers that the host grants, also when none but them are asked for."""
+        layers: tuple[str, ...] = LAYERS
+        while True:
+            outcome, granted = self._attempt("", layers)
+            if not outcome.passed:
+                raise OSError(f"the sandbox's interpreter does not start: {outcome}")
+            if granted == layers:
+                return granted
+            layers = granted
+
     def _check(self) -> None:
         for program, expected in CANARIES:
             outcome = self.run(program)
@@ -178,18 +187,24 @@ class Sandbox:
                     f"{expected}. {outcome.output.strip() or 'It wrote nothing'}"
                 )
 
-    def _attempt(self, program: str, layers: Sequence[str]) -> tuple[Outcome, list[str]]:
+    def _attempt(self, program: str, layers: tuple[str, ...]) -> tuple[Outcome, tuple[str, ...]]:
         """The outcome, and those of the wanted layers that the child says it entered."""
         start, nonce = time.monotonic(), secrets.token_bytes(16)
-        setup = {**asdict(self.limits), "program": program, "layers": tuple(layers)}
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        setup = {**asdict(self.limits), "program": program, "layers": layers}
+        with (
+            suppress(
+                RecursionError
+            ),  # the standard library's, on folders nested too deep: they stay
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+        ):
             setup |= {"directory": directory, "readable": readable(), "nonce": nonce}
             ending, output, report = follow(setup, start + self.limits.seconds)
         granted, _, proof = report.partition(b"\n")
         if ending == "ended":
             ending = "passed" if proof == nonce else "exited_early"
         text = output[-TAIL:].decode("utf-8", "replace")
-        return Outcome(ending, text, time.monotonic() - start), granted.decode().split()
+        outcome = Outcome(ending, text, time.monotonic() - start)
+        return outcome, tuple(granted.decode().split())
 
 
 def readable() -> list[str]:
