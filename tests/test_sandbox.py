@@ -1,7 +1,7 @@
 """Programs that a model wrote cannot reach outside, cannot pass by tricks, and harm no successor.
 
-Each attack runs under all layers of this host, without namespaces, and without any layer; where the
-layers that hold it are missing, it is skipped.
+Each attack runs under all layers of this host, without Landlock, without namespaces, and without
+any layer; where the layers that hold it are missing, it is skipped.
 """
 
 import marshal
@@ -24,6 +24,7 @@ HONEST = "assert sorted([2, 1]) == [1, 2]"
 NAMESPACES = {"user", "pid", "net", "ipc", "uts", "mount", "pid_max"}
 GRANTED = {
     "all layers": LAYERS,
+    "no Landlock": tuple(layer for layer in LAYERS if not layer.startswith("landlock")),
     "no namespaces": tuple(layer for layer in LAYERS if layer not in NAMESPACES),
     "no layers": (),
 }
@@ -197,13 +198,10 @@ def test_files_outside_are_out_of_reach(sandbox, action, tmp_path):
     assert secret.read_text() == "secret"
 
 
-@pytest.mark.parametrize(
-    "path", ["/etc/passwd", "/etc/shadow", "/proc/1/environ", __file__, os.path.expanduser("~")]
-)
+@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/shadow", "/proc/1/environ", __file__])
 def test_the_hosts_own_files_are_out_of_reach(sandbox, path):
     needs(sandbox, "mount", "landlock_files")
-    read = f"import os\nos.listdir({path!r}) if os.path.isdir({path!r}) else open({path!r})"
-    check(sandbox, f"{read}\nraise SystemExit", "failed")
+    check(sandbox, f"open({path!r})", "failed")
 
 
 @pytest.mark.parametrize("path", ["/usr/lib", sys.prefix, os.path.dirname(os.__file__)])
@@ -285,6 +283,7 @@ HONEST_PROGRAMS = {
     "process": "import subprocess\nassert subprocess.run(['/usr/bin/env']).returncode == 0",
     "main guard": "if __name__ == '__main__': assert False",
     "forks": "import os\nos.fork()",
+    "nothing left on its input": "import os\nos.lseek(0, 0, 0)\nassert not os.read(0, 99)",
     "replaces os": "import os, sys\nos._exit = os.write = sys.exit = None",
     "closes output": "import sys\nsys.stdout.close()",
     "long": "x = 1\n" * 50_000,

@@ -192,9 +192,7 @@ class Sandbox:
         start, nonce = time.monotonic(), secrets.token_bytes(16)
         setup = {**asdict(self.limits), "program": program, "layers": layers}
         with (
-            suppress(
-                RecursionError
-            ),  # the standard library's, on folders nested too deep: they stay
+            suppress(RecursionError),  # of the removal of folders nested too deep: they stay
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
         ):
             setup |= {"directory": directory, "readable": readable(), "nonce": nonce}
