@@ -20,16 +20,20 @@ OPTIONAL = (
 LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.documents"),
     *("mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract", "mtp.decode.depth"),
-    *("mtp.evaluate.sandbox", "mtp.evaluate._child"),
+    *("mtp.evaluate.sandbox", "mtp.evaluate._child", "mtp.evaluate.scores"),
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
+    "mtp.evaluate.code": {"mtp.decode.contract", "mtp.tokenizer"},
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
-USERS = {"mtp.testing", "mtp.decode.health", "mtp.decode.probe"}  # of models, drafters and the loop
+USERS = {  # of models, drafters, the loop and files
+    *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
+    "mtp.evaluate.samples",
+}
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
 
 

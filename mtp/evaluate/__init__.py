@@ -1,1 +1,1 @@
-"""Evaluation: programs that a model wrote are run here, and nowhere else."""
+"""Benchmarks of what models write, and the sandbox in which it runs."""
