@@ -27,10 +27,10 @@ EXACT = {
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
-    "mtp.evaluate.code": {"mtp.decode.contract", "mtp.tokenizer"},
+    "mtp.evaluate.code": {"mtp.decode.contract", "mtp.documents", "mtp.tokenizer"},
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
-USERS = {  # of models, drafters, the loop and files
+USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
     "mtp.evaluate.samples",
 }
