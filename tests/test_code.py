@@ -45,12 +45,13 @@ HUMANEVAL_ROW = {
 
 def mbpp_row(number):
     name = f"add_{number}"
+    first = "zero" if number == 12 else 0  # of its setup code
     return {
         "task_id": number,
         "text": f"Add {number}.",
         "code": f"def {name}(x):\r\n    return x + {number}",
-        "test_setup_code": "zero = 0\r\none = 1" if number == 11 else "",
-        "test_list": [f"assert {name}({i}) == {number + i}" for i in range(3)],
+        "test_setup_code": "one = 1\r\nzero = 0" if number == 12 else "",
+        "test_list": [f"assert {name}({x}) == {number + i}" for i, x in enumerate([first, 1, 2])],
     }
 
 

@@ -58,6 +58,13 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.82 < covered < 0.96
 
 
+def test_an_interval_of_zeros_and_ones_is_the_binomials():
+    n, ones = 100, 30
+    law = np.cumsum([math.comb(n, i) * 0.3**i * 0.7 ** (n - i) for i in range(n + 1)])
+    exact = np.searchsorted(law, [0.05, 0.95]) / n
+    assert interval([1.0] * ones + [0.0] * (n - ones))[1:] == pytest.approx(exact, abs=0.011)
+
+
 def test_an_interval_is_repeatable_narrows_with_problems_and_needs_one():
     values = [0.0, 1.0] * 20
     assert interval(values) == interval(values)
