@@ -88,7 +88,17 @@ class Source(NamedTuple):
     forms: tuple[str, ...]  # the first is the default
 
 
-_MBPP = ("google-research-datasets/mbpp", "4bb6404fdc6cacfda99d4ac4205087b89d32030c")
+_MBPP = Source(
+    title="MBPP (full)",
+    file="mbpp/mbpp.jsonl",
+    sha256="ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f",
+    rows=974,
+    hub="google-research-datasets/mbpp",
+    config="full",
+    revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
+    splits=tuple(SPLITS),
+    forms=("3shot", "docstring"),
+)
 SOURCES = {
     "humaneval": Source(
         title="HumanEval",
@@ -101,27 +111,13 @@ SOURCES = {
         splits=("test",),
         forms=("completion", "chat", "instruct"),
     ),
-    "mbpp": Source(
-        title="MBPP (full)",
-        file="mbpp/mbpp.jsonl",
-        sha256="ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f",
-        rows=974,
-        hub=_MBPP[0],
-        config="full",
-        revision=_MBPP[1],
-        splits=tuple(SPLITS),
-        forms=("3shot", "docstring"),
-    ),
-    "mbpp_sanitized": Source(
+    "mbpp": _MBPP,
+    "mbpp_sanitized": _MBPP._replace(
         title="MBPP (sanitized)",
         file="mbpp/sanitized-mbpp.json",
         sha256="ca95deaa9a01ef0a6f439f88bcf0dd3db3563d22f22aad6cae04ebb9a8d8c8e9",
         rows=427,
-        hub=_MBPP[0],
         config="sanitized",
-        revision=_MBPP[1],
-        splits=tuple(SPLITS),
-        forms=("3shot", "docstring"),
     ),
 }
 
@@ -182,7 +178,7 @@ def _from_file(source: Source, path: Path) -> tuple[list[Row], str]:
     if file.suffix == ".json":
         rows = json.loads(text)
     else:
-        rows = [json.loads(line) for line in text.splitlines() if line]
+        rows = [json.loads(line) for line in text.split("\n") if line]
     return rows, f"sha256 {found[:16]}"
 
 
@@ -267,7 +263,7 @@ def mbpp_problems(rows: Iterable[Row], form: str, shots: Iterable[Row]) -> list[
 
     shots: what form "3shot" shows solved before each task.
     """
-    _known("form", form, SOURCES["mbpp"].forms)
+    _known("form", form, _MBPP.forms)
     solved = "".join(f"{_task(row)}{row['code']}\n{DONE}\n\n" for row in shots)
     return [_mbpp_problem(row, form, solved) for row in rows]
 
