@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mtp").rglob("*.py"))
 OPTIONAL = (
     *("hydra", "omegaconf", "yaml", "sentencepiece", "datasets", "matplotlib"),
-    *("tensorboard", "safetensors", "pyarrow"),
+    *("tensorboard", "safetensors", "pyarrow", "transformers"),
 )
 # A module may import what stands in the levels above its own line, the first two lines nothing.
 LEAVES = {
@@ -32,7 +32,7 @@ EXACT = {
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
-    "mtp.evaluate.samples",
+    *("mtp.evaluate.samples", "mtp.interop.huggingface"),
 }
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
 

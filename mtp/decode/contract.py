@@ -139,6 +139,54 @@ class State:
     scores: Callable[..., Tensor]
 
 
+class Sizes(Protocol):
+    """What decoding asks of a target's config."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_seq_len(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+class Target(Protocol):
+    """What the loop asks of a model, and `DraftModel` of the one that drafts. A cache has the names
+    of `mtp.model.Cache`.
+
+    next_layers, rest_layers: attention layers that the next token needs, and that only drafts need.
+    extra_heads: how many heads can draft; where there are some, `OwnHeads` asks for more.
+    """
+
+    @property
+    def config(self) -> Sizes: ...
+    @property
+    def embedding(self) -> Any:
+        """Its `weight` tells device and type."""
+
+    @property
+    def next_layers(self) -> int: ...
+    @property
+    def rest_layers(self) -> int: ...
+    @property
+    def extra_heads(self) -> int: ...
+    @property
+    def memo_dim(self) -> int: ...
+
+    def new_cache(self, layers: int, rows: int, slots: int) -> Any:
+        """Positions may reach as far as `slots`, beyond config.max_seq_len: there lie guesses that
+        are never kept.
+        """
+
+    def read(self, tokens: Tensor, layout: Layout, cache: Any) -> tuple[Tensor, Tensor]:
+        """Feed tokens (R, T) -> latent (R, T, D), memo (R, T, memo_dim)."""
+
+    def logits(self, latent: Tensor) -> Tensor:
+        """Latent (..., D) -> logits of the next token (..., V)."""
+
+
 class Drafter(Protocol):
     """Guesses the next tokens of every row. It keeps what it likes, but the text never depends on
     it.

@@ -24,6 +24,7 @@ from mtp.decode.contract import (
     Request,
     Rule,
     State,
+    Target,
     Verdict,
     chain,
     tree,
@@ -33,7 +34,7 @@ from mtp.decode.sampling import RULES, Sampling
 
 
 def generate(
-    model: Any,
+    model: Target,
     requests: Sequence[Request],
     drafter: Drafter | None = None,
     sampling: Sampling | None = None,

@@ -1,0 +1,1 @@
+"""Models of others: read, written, or decoded as they are."""
