@@ -1,7 +1,6 @@
 """Hugging Face transformers on our weights: its `generate` decodes beside ours.
 
-Trunk and head 1 are a Llama whose last layer is that head; rotary halves, norms and SwiGLU are the
-same, our joint maps are split. What only drafts need stays behind. Only calls import transformers.
+They go out as `mtp.interop.llama` sends them. Only calls import transformers.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mtp.interop.llama import llama_config, llama_weights
 from mtp.model import Transformer
 
 CLOSE = 1e-4  # between its logits and ours, both in fp32
@@ -58,52 +57,11 @@ def checked(model: Transformer) -> Any:
 
 def llama(model: Transformer) -> Any:
     """A LlamaForCausalLM with copies of our weights, of their type and on their device."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    c, weight = model.config, model.embedding.weight
-    if c.head != "transformer":
-        raise ValueError(f"head={c.head!r} is no layer of a Llama: allowed is transformer")
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.dim,
-        intermediate_size=c.ffn_dim,
-        num_hidden_layers=c.trunk_layers + 1,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads,
-        max_position_embeddings=c.max_seq_len,
-        rms_norm_eps=c.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        bos_token_id=None,
-        eos_token_id=None,  # a text goes on to its full length
-    )
+    weight = model.embedding.weight
+    config = AutoConfig.for_model(**llama_config(model.config))
     # Not `.to(dtype)`: that would round the frequencies of its rotary positions too.
     peer = AutoModelForCausalLM.from_config(config, dtype=weight.dtype).to(weight.device).eval()
     peer.load_state_dict(llama_weights(model))
     return peer
-
-
-def llama_weights(model: Transformer) -> dict[str, Tensor]:
-    """Our weights under a Llama's names."""
-    weights = {
-        "model.embed_tokens.weight": model.embedding.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.output.weights[0],
-    }
-    blocks: list[Any] = [*model.trunk, model.heads.heads[0]]
-    for i, b in enumerate(blocks):
-        queries, keys = b.n_heads * b.head_dim, b.kv_heads * b.head_dim
-        q, k, v = b.wqkv.weight.split([queries, keys, keys])
-        gate, up = b.w13.weight.chunk(2)
-        layer = {
-            "input_layernorm": b.attention_norm.weight,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": b.wo.weight,
-            "post_attention_layernorm": b.ffn_norm.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": b.w2.weight,
-        }
-        weights |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
-    return weights

@@ -25,7 +25,8 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def save(
     return folder
 
 
+@contextmanager
+def whole(folder: Path, needed: int) -> Iterator[Path]:
+    """A hidden folder to write `needed` bytes to. It becomes `folder` when the block ends well, and
+    vanishes when it does not. FileExistsError, OSError: see `save`.
+    """
+    _refuse_to_overwrite(folder)
+    temporary: Path | None = None
+    try:
+        temporary = _reserve(folder, needed)
+        yield temporary
+        _publish(temporary, folder)
+    except OSError as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _refuse_to_overwrite(folder: Path) -> None:
     if folder.exists():
         raise FileExistsError(
@@ -142,8 +161,12 @@ def _write_texts(folder: Path, tokenizer: Tokenizer | None, training: TrainingSt
 
 
 def _finish(temporary: Path, folder: Path, config: dict[str, Any]) -> None:
-    """Make all durable and give the folder its name."""
     (temporary / _CONFIG).write_text(json.dumps(config, indent=1))
+    _publish(temporary, folder)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Make all durable and give the folder its name."""
     for path in (*temporary.rglob("*"), temporary):
         _sync(path)
     os.rename(temporary, folder)

@@ -12,6 +12,7 @@ width, V vocabulary, S slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ from mtp.loss import CUTS, Score, is_sharded
 from mtp.packed import Matrix, PackedLinear, can_pack, project, with_packed_linears
 
 UNEMBEDDINGS = ("shared", "replicated")
+ROPE_SCALING = (
+    *("factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+)
 Rotation = tuple[Tensor, Tensor]
 
 
@@ -36,7 +41,8 @@ class ModelConfig:
 
     A trunk that keeps its L blocks beside n heads is `n_layers = L + n - 1`. Linear and residual
     heads take no block from the trunk. hidden_dim: width of the feed-forward layer, by default 8/3
-    dim rounded up to `multiple_of`.
+    dim rounded up to `multiple_of`. rope_scaling: how Llama 3.1 slows its rotary positions, by the
+    names of its own config, see `slowed`.
     """
 
     dim: int = 256
@@ -52,6 +58,7 @@ class ModelConfig:
     multiple_of: int = 256
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, float] | None = None
     max_seq_len: int = 4096
 
     def __post_init__(self) -> None:
@@ -69,6 +76,10 @@ class ModelConfig:
         for key in ("norm_eps", "rope_theta"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be above 0")
+        if self.rope_scaling is not None and {*self.rope_scaling} != {*ROPE_SCALING}:
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling} must give {', '.join(ROPE_SCALING)}, or be null"
+            )
         for key, allowed in (("head", tuple(HEADS)), ("unembedding", UNEMBEDDINGS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(
@@ -164,6 +175,8 @@ class Rotary:
     def __init__(self, config: ModelConfig) -> None:
         half = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float64)
         self.frequency = config.rope_theta ** -(half / config.head_dim)
+        if config.rope_scaling is not None:
+            self.frequency = slowed(self.frequency, **config.rope_scaling)
         self.reserve(config.max_seq_len)
 
     @torch.inference_mode(False)  # training may follow decoding
@@ -178,6 +191,22 @@ class Rotary:
             self.table = self.table.to(positions.device)
         cos, sin = self.table[positions].unbind(-3)
         return cos, sin
+
+
+def slowed(
+    frequency: Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> Tensor:
+    """Rotary frequencies for a longer context (Llama 3.1): what turns more than `high_freq_factor`
+    times in the original one is kept, what turns less than `low_freq_factor` times is divided by
+    `factor`, and what lies between goes evenly from one to the other.
+    """
+    turns = frequency * original_max_position_embeddings / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -1,5 +1,6 @@
 """Models of others decode here as they do at home, and go in and out with the same logits."""
 
+import json
 from functools import cache
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from conftest import tiny  # noqa: E402
+from conftest import DATA, tiny  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from test_decode import (  # noqa: E402
     LEADS,
     NEW,
@@ -24,12 +26,24 @@ from test_decode import (  # noqa: E402
     truths,
     wrong,
 )
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from mtp.decode.contract import NoDraft, Request  # noqa: E402
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup  # noqa: E402
 from mtp.decode.loop import generate  # noqa: E402
 from mtp.interop.huggingface import CausalLM  # noqa: E402
+from mtp.interop.llama import (  # noqa: E402
+    FIXED,
+    HARMLESS,
+    INDEX,
+    OPTIONAL_SIZES,
+    OTHERWISE_READ,
+    SIZES,
+    WEIGHTS,
+    load_llama,
+    save_llama,
+)
+from mtp.model import Transformer  # noqa: E402
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -62,7 +76,7 @@ FAMILIES = {
 }
 
 
-def tiny_of(family, attention="sdpa", seed=0, **overrides):
+def tiny_of(family, attention="sdpa", seed=0, spread=0.6, **overrides):
     """A random model whose predictions depend on all that it reads, with no near-ties."""
     config = AutoConfig.for_model(family, **FAMILIES.get(family, SHAPE) | overrides)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -70,7 +84,7 @@ def tiny_of(family, attention="sdpa", seed=0, **overrides):
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.6 if parameter.ndim > 1 else parameter + noise * 0.3)
+            parameter.copy_(noise * spread if parameter.ndim > 1 else parameter + noise * 0.3)
     return model
 
 
@@ -245,3 +259,261 @@ def test_models_that_cannot_be_read_by_slots_are_refused_by_name(says):
 def test_heads_that_it_does_not_have_cannot_draft():
     with pytest.raises(ValueError, match="no head to draft with"):
         generate(adapted("llama"), [Request([1], 9)], OwnHeads())
+
+
+# The Llama family, in and out.
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMAS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "own keys for all heads": {"num_key_value_heads": 2},
+    "other numbers": {"rms_norm_eps": 1e-2, "num_hidden_layers": 1, "vocab_size": 20},
+    "other base": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "llama 3": {"rope_parameters": LLAMA3},
+}
+TOKENS = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def folder_of(where, **overrides):
+    """A tiny Llama as transformers saves it, and its logits, of which the largest is about 4."""
+    model = tiny_of("llama", spread=0.3, **overrides)
+    model.save_pretrained(where)
+    with torch.no_grad():
+        return where, model(TOKENS).logits
+
+
+@torch.no_grad()
+def assert_same(logits, model):
+    got = model(TOKENS) if isinstance(model, Transformer) else model(TOKENS).logits
+    torch.testing.assert_close(got, logits, rtol=0, atol=1e-5)
+
+
+def edited(folder, file, **changes):
+    """None removes a key."""
+    stored = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({k: v for k, v in stored.items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", LLAMAS)
+def test_a_llama_goes_in_and_out_with_its_logits(kind, tmp_path):
+    folder, logits = folder_of(tmp_path / "theirs", **LLAMAS[kind])
+    assert_same(logits, ours := load_llama(folder))
+    again = save_llama(ours, tmp_path / "ours")
+    assert_same(logits, AutoModelForCausalLM.from_pretrained(again))
+    assert_same(logits, load_llama(again))
+    theirs, out = load_file(folder / WEIGHTS), load_file(again / WEIGHTS)
+    assert theirs.keys() == out.keys() and all(torch.equal(theirs[k], out[k]) for k in out)
+
+
+@pytest.mark.parametrize("rope", [{"rope_theta": 100.0}, {"rope_theta": 500.0, "llama3": True}])
+def test_configs_of_older_releases_mean_the_same(rope, tmp_path):
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"} if "llama3" in rope else None
+    now = {"rope_type": "default", "rope_theta": 100.0} if scaling is None else LLAMA3
+    folder, logits = folder_of(tmp_path / "theirs", rope_parameters=now)
+    old = {"rope_parameters": None, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    assert_same(logits, load_llama(edited(folder, "config.json", **old)))
+
+
+def test_scaled_positions_differ_from_plain_ones(tmp_path):
+    """Or the tests of Llama 3 would say nothing."""
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    _, plain = folder_of(tmp_path / "plain", rope_parameters=rope)
+    _, scaled = folder_of(tmp_path / "scaled", rope_parameters=LLAMA3)
+    assert (plain - scaled).abs().max() > 0.1
+
+
+def test_a_sharded_llama_is_read(tmp_path):
+    model = tiny_of("llama", spread=0.3)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="4KB")
+    assert len([*(tmp_path / "sharded").glob("*.safetensors")]) > 2
+    with torch.no_grad():
+        assert_same(model(TOKENS).logits, load_llama(tmp_path / "sharded"))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "causal", "residual"])
+def test_heads_come_fresh_and_stay_behind(kind, tmp_path):
+    folder, logits = folder_of(tmp_path / "theirs")
+    model = load_llama(folder, n_future_tokens=3, head=kind)
+    assert model.extra_heads == 2
+    assert_same(logits, model)
+    request = Request([1, 2, 3], 12)
+    assert texts(generate(model, [request], OwnHeads())) == texts(generate(model, [request]))
+    save_llama(model, tmp_path / "ours")
+    assert_same(logits, AutoModelForCausalLM.from_pretrained(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("kind", ["linear", "anticausal"])
+def test_heads_that_the_next_token_needs_are_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"head='{kind}' is no layer of a Llama"):
+        save_llama(tiny(kind), tmp_path / "out")
+    with pytest.raises(ValueError, match=f"head='{kind}' is no layer of a Llama"):
+        load_llama(tmp_path, head=kind)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_real_llama_has_its_logits_here():
+    folder = DATA / "stories260K" / "hf"
+    if not folder.is_dir():
+        pytest.skip("MTP_TEST_DATA has no stories260K")
+    tokens = torch.randint(512, (1, 512), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        apart = (load_llama(folder)(tokens) - theirs).abs().max()
+    assert apart <= 1e-5 * theirs.abs().max()  # they reach 19, and fp32 rounds in proportion
+
+
+def test_every_key_of_their_config_is_known():
+    known = SIZES.keys() | OPTIONAL_SIZES.keys() | OTHERWISE_READ | FIXED.keys() | HARMLESS
+    assert (
+        LlamaConfig().to_diff_dict().keys() | LlamaConfig(pad_token_id=0).to_dict().keys() <= known
+    )
+
+
+BAD_CONFIGS = {
+    "attention_bias=True is not served": {"attention_bias": True},
+    "mlp_bias=True is not served": {"mlp_bias": True},
+    "hidden_act='gelu' is not served": {"hidden_act": "gelu"},
+    "model_type='mistral' is not served": {"model_type": "mistral"},
+    "architectures=.*Sequence.* is not served": {"architectures": ["LlamaForSequenceClass"]},
+    "unknown keys logit_scale, quantization_config": {
+        "logit_scale": 2.0,
+        "quantization_config": {"bits": 4},
+    },
+    "gives no hidden_size": {"hidden_size": None},
+    "head_dim=4 must be": {"head_dim": 4},
+    "rope_type='yarn' is not served": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+    "takes no factor": {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+    "rope_scaling=.* must give factor": {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+    "missing: model.layers.2.*misshapen": {"num_hidden_layers": 3, "intermediate_size": 20},
+    "surplus: model.layers.1": {"num_hidden_layers": 1},
+    "lm_head.weight differs": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("says", BAD_CONFIGS)
+def test_what_a_config_says_is_served_or_refused_by_name(says, tmp_path):
+    folder, _ = folder_of(tmp_path / "theirs")
+    edited(folder, "config.json", **BAD_CONFIGS[says])
+    with pytest.raises(ValueError, match=says):
+        load_llama(folder)
+
+
+def spoil(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def test_what_does_not_matter_is_passed_over(tmp_path):
+    folder, logits = folder_of(tmp_path / "theirs", tie_word_embeddings=True)
+
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    spoil(folder, change)
+    assert_same(logits, load_llama(folder))
+
+
+def test_tensors_that_do_not_fit_are_all_named(tmp_path):
+    folder, _ = folder_of(tmp_path / "theirs")
+
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["extra.bias"] = torch.zeros(3)
+        tensors["lm_head.weight"] = torch.zeros(VOCAB, 8)
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.int8)
+
+    spoil(folder, change)
+    with pytest.raises(ValueError, match="theirs does not fit") as refused:
+        load_llama(folder)
+    for words in (
+        "missing: model.norm.weight",
+        "surplus: extra.bias in model.safetensors",
+        "misshapen: lm_head.weight in model.safetensors is F32 (13, 8), the config wants (13, 16)",
+        "misshapen: model.layers.0.mlp.up_proj.weight in model.safetensors is I8",
+    ):
+        assert words in str(refused.value)
+
+
+def test_broken_files_are_named(tmp_path):
+    folder, _ = folder_of(tmp_path / "theirs")
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load_llama(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        load_llama(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        load_llama(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "says"),
+    [
+        ("model.safetensors", ValueError, "lm_head.weight lies in model.safetensors, but"),
+        ("../elsewhere", ValueError, "weight_map must name a file beside it"),
+        ("absent.safetensors", FileNotFoundError, "absent.safetensors is missing"),
+    ],
+)
+def test_a_wrong_index_is_told(file, error, says, tmp_path):
+    folder, _ = folder_of(tmp_path / "theirs")
+    tensors = load_file(folder / WEIGHTS)
+    places = dict.fromkeys(tensors, WEIGHTS)
+    save_file({"lm_head.weight": tensors.pop("lm_head.weight")}, folder / "second.safetensors")
+    save_file(tensors, folder / WEIGHTS)
+    for place in (file, "second.safetensors"):
+        index = {"weight_map": places | {"lm_head.weight": place}}
+        (folder / INDEX).write_text(json.dumps(index))
+        if place == file:
+            with pytest.raises(error, match=says):
+                load_llama(folder)
+    load_llama(folder)
+
+
+def test_what_belongs_to_the_text_comes_along(tmp_path):
+    folder, _ = folder_of(tmp_path / "theirs", eos_token_id=5)
+    (folder / "tokenizer.json").write_text("a tokenizer")
+    (folder / "chat_template.jinja").write_text("a template")
+    out = save_llama(load_llama(folder), tmp_path / "ours", like=folder)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 5
+    with pytest.raises(ValueError, match="vocab_size=13 is not the model's 20"):
+        save_llama(tiny(vocab_size=20), tmp_path / "other", like=folder)
+
+
+def test_an_export_is_complete_or_absent(tmp_path, monkeypatch):
+    model, out = tiny(), tmp_path / "out"
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mtp.interop.llama.json.dumps", full)  # after the weights
+        with pytest.raises(OSError, match="cannot write .*out: no space left"):
+            save_llama(model, out)
+    assert not [*tmp_path.iterdir()]
+    save_llama(model, out)
+    with pytest.raises(FileExistsError):
+        save_llama(model, out)
+    assert [*tmp_path.iterdir()] == [out]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_type_of_the_weights_goes_out_with_them(dtype, tmp_path):
+    save_llama(tiny().to(dtype), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in theirs.parameters()} == {dtype}

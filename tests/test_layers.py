@@ -32,7 +32,7 @@ EXACT = {
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
-    *("mtp.evaluate.samples", "mtp.interop.huggingface"),
+    *("mtp.evaluate.samples", "mtp.interop.huggingface", "mtp.interop.llama"),
 }
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
 
