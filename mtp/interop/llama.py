@@ -59,7 +59,8 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HARMLESS = {  # to the function that the model is
     *SPECIAL_IDS,
     *("initializer_range", "use_cache", "attention_dropout", "pretraining_tp", "is_llama_config"),
-    *("dtype", "torch_dtype", "transformers_version", "_name_or_path", "transformers.js_config"),
+    *("dtype", "torch_dtype", "transformers_version", "transformers.js_config"),
+    *("_name_or_path", "_model_name_or_path", "unk_token_id"),  # the last two: from GGUF files
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
     *("id2label", "label2id", "problem_type", "_attn_implementation_autoset"),
 }
