@@ -50,7 +50,7 @@ def spread(values: Sequence[float]) -> list[float]:
 def fastest_threads(call: Callable[[], object]) -> int:
     """1, or all threads: on a busy machine two can be far slower than one. Fastest of three."""
     times = {}
-    for threads in sorted({1, os.cpu_count() or 1}):
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
         torch.set_num_threads(threads)
         times[threads] = min(seconds(call) for _ in range(3))
     return min(times, key=lambda threads: times[threads])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,9 @@ def generate(
         logprobs=logprobs,
         depth=depth,
     )
-    for _ in decoding:
-        pass
+    with decoding.modes():
+        while decoding.fill():
+            decoding.step()
     return decoding.completions
 
 
@@ -93,8 +95,8 @@ class Decoding:
     the steps and yields (number of a request, its newest tokens) as soon as they are decided; a new
     iteration goes on where the last was left. `completions` holds all so far.
 
-    By hand, under inference_mode: `fill` reads waiting prompts into free rows and must come before
-    each `step`, one pass over all rows.
+    By hand, under `modes`: `fill` reads waiting prompts into free rows and must come before each
+    `step`, one pass over all rows.
     """
 
     def __init__(
@@ -141,17 +143,21 @@ class Decoding:
         self.state = State(text, [1] * rows, [0] * rows, None, self._draw, self._scores)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        busy, device = True, self.cache.k.device.type
+        busy = True
         while busy:
-            # Modes end before anything is told: they are not for whoever listens. The cache has
-            # one dtype, so autocast must not reach it.
-            with torch.inference_mode(), torch.autocast(device, enabled=False):
+            with self.modes():  # and not around what is told: they are not for whoever listens
                 busy = self.fill()
                 if busy:
                     self.step()
             while self.untold:
                 i = next(iter(self.untold))
                 yield i, self.untold.pop(i)
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """What `fill` and `step` run under. The cache has one dtype: autocast must not reach it."""
+        with torch.inference_mode(), torch.autocast(self.cache.k.device.type, enabled=False):
+            yield
 
     def _draw(self, logits: Tensor, ahead: int = 0) -> Draft:
         return self.rule.draw(logits, self.place, ahead)
