@@ -4,12 +4,13 @@ medians of their ratios are reported with quartiles.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+
+ALL_THREADS = torch.get_num_threads()  # as many as cores that this process may use
 
 
 def seconds(call: Callable[[], object], times: int = 1) -> float:
@@ -50,7 +51,7 @@ def spread(values: Sequence[float]) -> list[float]:
 def fastest_threads(call: Callable[[], object]) -> int:
     """1, or all threads: on a busy machine two can be far slower than one. Fastest of three."""
     times = {}
-    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+    for threads in sorted({1, ALL_THREADS}):
         torch.set_num_threads(threads)
         times[threads] = min(seconds(call) for _ in range(3))
     return min(times, key=lambda threads: times[threads])

@@ -123,7 +123,7 @@ def test_the_faster_number_of_threads_is_chosen(one, all_of_them, chosen, thread
         now[0] += (one if torch.get_num_threads() == 1 else all_of_them) + next(busy)
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("benchmarks.timing.ALL_THREADS", 3)
     assert fastest_threads(call) == chosen
 
 
