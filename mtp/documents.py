@@ -5,14 +5,22 @@ has one header line per message, "<|user|>\\nHi\\n<|assistant|>\\nHello"; target
 assistant says and, where one speaks last, the end token.
 """
 
+import gzip
 import hashlib
 import json
+import logging
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
+
+from mtp.evaluate import micro
+from mtp.packages import package_files
+
+log = logging.getLogger("mtp")
 
 
 @dataclass
@@ -26,6 +34,11 @@ class DataConfig:
     source: str = "stdlib"  # a key of SOURCES
     path: str | None = None  # file or folder; for `datasets` a folder or a name on the hub
     pattern: str | None = None  # which files of a folder, such as "*.py"
+    packages: list[str] = field(default_factory=list)  # `code`: installed, permissively licensed
+    micro_share: float = 0.18  # `code`: of the bytes, what is micro-programs
+    # Files of JSON with problems that models are tested on: documents that share 13 words in a row
+    # with one of their strings are left out. `code` needs them, or [].
+    benchmarks: list[str] | None = None
     text_key: str | None = "text"
     prompt_key: str | None = "prompt"
     completion_key: str | None = "completion"
@@ -42,21 +55,33 @@ class DataConfig:
     seed: int = 0  # of the order of rows
 
     def __post_init__(self) -> None:
-        of_files = self.source in ("text", "folder", "stdlib")
+        finds = self.source in ("stdlib", "code")
+        of_files = finds or self.source in ("text", "folder")
         separate = bool(self.val_path or self.val_split)
         for wrong, message in (
             (self.source not in SOURCES, f"source={self.source!r}: allowed: {', '.join(SOURCES)}"),
-            (self.source != "stdlib" and not self.path, f"path: source={self.source!r} needs one"),
-            (self.source == "stdlib" and self.path, "path: source='stdlib' finds its own"),
+            (not finds and not self.path, f"path: source={self.source!r} needs one"),
+            (finds and self.path, f"path: source={self.source!r} finds its own"),
+            (self.source != "code" and self.packages, "packages: for source='code' only"),
+            (not 0 <= self.micro_share < 1, f"micro_share={self.micro_share}: allowed: [0, 1)"),
+            (
+                self.source == "code" and self.benchmarks is None,
+                "benchmarks: source='code' needs the files of HumanEval and MBPP, to leave out "
+                "what overlaps with them; [] leaves nothing out",
+            ),
+            (self.source == "shards" and self.benchmarks, "benchmarks: not for source='shards'"),
             (self.source == "folder" and not self.pattern, "pattern: source='folder' needs one"),
             (
-                self.val_path and self.source in ("stdlib", "shards"),
+                self.val_path and (finds or self.source == "shards"),
                 "val_path: not for this source",
             ),
             (self.source != "datasets" and self.val_split, "val_split: for source='datasets' only"),
             (self.source != "datasets" and self.streaming, "streaming: for source='datasets' only"),
             (self.streaming and not separate, "streaming: needs val_split or val_path"),
-            (self.holdout and not of_files, "holdout: for source text, folder or stdlib only"),
+            (
+                self.holdout and not of_files,
+                "holdout: for source text, folder, stdlib or code only",
+            ),
             (self.holdout and separate, "holdout: not together with val_path"),
             (not 0 <= self.val_fraction < 1, f"val_fraction={self.val_fraction}: allowed: [0, 1)"),
             (self.seq_len < 1, f"seq_len={self.seq_len}: must be at least 1"),
@@ -102,6 +127,29 @@ def _stdlib(config: DataConfig) -> Iterator[Document]:
             continue
 
 
+def _code(config: DataConfig) -> Iterator[Document]:
+    """The standard library, packages and micro-programs, each text once."""
+    seen: set[str] = set()
+    n_bytes = 0
+    for document in chain(_stdlib(config), _packages(config)):
+        if document.text not in seen:
+            seen.add(document.text)
+            n_bytes += len(document.text.encode("utf-8"))
+            yield document
+    wanted = n_bytes * config.micro_share / (1 - config.micro_share)
+    for number, text in enumerate(micro.training_text()):
+        if wanted <= 0:
+            return
+        wanted -= len(text)  # ASCII
+        yield Document(((text, True),), f"micro/{number:06d}.py")
+
+
+def _packages(config: DataConfig) -> Iterator[Document]:
+    for package in config.packages:
+        for name, file in package_files(package):
+            yield Document(((_decode(file.read_bytes(), file), True),), name)
+
+
 def _jsonl(config: DataConfig) -> Iterator[Document]:
     for file in _files(config, "*.jsonl"):
         offset = 0
@@ -145,6 +193,7 @@ SOURCES: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
     "text": _text,
     "folder": _text,
     "stdlib": _stdlib,
+    "code": _code,
     "jsonl": _jsonl,
     "parquet": _parquet,
     "datasets": _datasets,
@@ -251,6 +300,7 @@ def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
         config = replace(config, path=path, split=split)
     groups: set[str] = set()
     empty = True
+    overlaps = Overlap(config.benchmarks or [])
     documents = SOURCES[config.source](config)
     first = list(islice(documents, 2))
     if len(first) == 1 and len(first[0].segments) == 1 and config.val_fraction:
@@ -259,8 +309,13 @@ def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
     for document in chain(first, documents):
         groups |= _groups(document)
         if document.text and (separate or _is_held_out(document, config) == held_out):
+            if document.text in overlaps:
+                continue
             empty = False
             yield document
+    if config.benchmarks:
+        part = "validation" if held_out else "training"
+        log.info("%s: %d documents left out that overlap with benchmarks", part, overlaps.found)
     if unknown := sorted(set(config.holdout) - groups):
         raise ValueError(
             f"data.holdout: no top-level package or file is called {unknown}; for text of your own "
@@ -299,15 +354,57 @@ def _is_held_out(document: Document, config: DataConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.val_fraction * 2**64
 
 
+class Overlap:
+    """Texts that share n words in a row with a record of the files; `found` counts them.
+
+    Words are runs of letters, digits and underscores, in lower case, so that spaces, line ends,
+    punctuation and quotes do not hide a copy; a record's are those of all its strings in order.
+    The files hold a list in JSON or lines of JSON, perhaps gzipped.
+    """
+
+    def __init__(self, files: Iterable[str], n: int = 13) -> None:
+        self.n, self.found = n, 0
+        records = chain.from_iterable(_records(Path(file)) for file in files)
+        texts = ("\n".join(_strings(record)) for record in records)
+        self._ngrams = {ngram for text in texts for ngram in _ngrams(_words(text), n)}
+
+    def __contains__(self, text: str) -> bool:
+        shared = bool(self._ngrams) and not self._ngrams.isdisjoint(_ngrams(_words(text), self.n))
+        self.found += shared
+        return shared
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _records(file: Path) -> list[Any]:
+    if not file.is_file():
+        raise ValueError(f"data.benchmarks: no file {file}; [] leaves nothing out")
+    data = file.read_bytes()
+    text = _decode(gzip.decompress(data) if file.suffix == ".gz" else data, file)
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [_parse(line, str(file)) for line in text.splitlines() if line.strip()]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(map(_strings, value.values()))
+    elif isinstance(value, list):
+        yield from chain.from_iterable(map(_strings, value))
+
+
 def ngram_overlap(train: Iterable[str], held_out: Iterable[str], n: int = 13) -> float:
     """The share of the held-out texts' distinct n-grams of words that training texts contain."""
-    wanted = set(chain.from_iterable(_ngrams(text, n) for text in held_out))
+    wanted = set(chain.from_iterable(_ngrams(text.split(), n) for text in held_out))
     unseen = wanted.copy()
     for text in train:
-        unseen.difference_update(_ngrams(text, n))
+        unseen.difference_update(_ngrams(text.split(), n))
     return 1 - len(unseen) / len(wanted) if wanted else 0.0
 
 
-def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    words = text.split()
+def _ngrams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(words[i:] for i in range(n)), strict=False)

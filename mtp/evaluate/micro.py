@@ -150,18 +150,9 @@ ARGUMENTS = {
     "number": ("n", "number", "value"),
     "pair": ("a, b", "x, y", "m, n"),
 }
-WORDS = ("Apple", "banana", "Cherry", "data", "Earth", "green", "house", "kite", "Lemon", "moon")
-WORDS += (
-    "number",
-    "orange",
-    "Paris",
-    "quiet",
-    "river",
-    "stone",
-    "Table",
-    "under",
-    "water",
-    "zebra",
+WORDS = (
+    *("Apple", "banana", "Cherry", "data", "Earth", "green", "house", "kite", "Lemon", "moon"),
+    *("number", "orange", "Paris", "quiet", "river", "stone", "Table", "under", "water", "zebra"),
 )
 JOINTS = (", then ", " and then ", "; then ")
 
