@@ -35,7 +35,7 @@ class DataConfig:
     path: str | None = None  # file or folder; for `datasets` a folder or a name on the hub
     pattern: str | None = None  # which files of a folder, such as "*.py"
     packages: list[str] = field(default_factory=list)  # `code`: installed, permissively licensed
-    micro_share: float = 0.18  # `code`: of the bytes, what is micro-programs
+    micro_share: float = 0.2  # `code`: of the bytes, what is micro-programs
     # Files of JSON with problems that models are tested on: documents that share 13 words in a row
     # with one of their strings are left out. `code` needs them, or [].
     benchmarks: list[str] | None = None
@@ -293,14 +293,18 @@ def _string(record: Any, key: str | None, where: str) -> str:
 
 
 def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
-    """The non-empty documents of one part, never none."""
+    """The non-empty documents of one part, never none, without what overlaps with benchmarks."""
+    documents = _one_part(config, held_out)
+    return _without_overlap(documents, config.benchmarks) if config.benchmarks else documents
+
+
+def _one_part(config: DataConfig, held_out: bool) -> Iterator[Document]:
     separate = bool(config.val_path or config.val_split)
     if separate and held_out:
         path, split = config.val_path or config.path, config.val_split or config.split
         config = replace(config, path=path, split=split)
     groups: set[str] = set()
     empty = True
-    overlaps = Overlap(config.benchmarks or [])
     documents = SOURCES[config.source](config)
     first = list(islice(documents, 2))
     if len(first) == 1 and len(first[0].segments) == 1 and config.val_fraction:
@@ -309,13 +313,8 @@ def iter_documents(config: DataConfig, held_out: bool) -> Iterator[Document]:
     for document in chain(first, documents):
         groups |= _groups(document)
         if document.text and (separate or _is_held_out(document, config) == held_out):
-            if document.text in overlaps:
-                continue
             empty = False
             yield document
-    if config.benchmarks:
-        part = "validation" if held_out else "training"
-        log.info("%s: %d documents left out that overlap with benchmarks", part, overlaps.found)
     if unknown := sorted(set(config.holdout) - groups):
         raise ValueError(
             f"data.holdout: no top-level package or file is called {unknown}; for text of your own "
@@ -354,8 +353,21 @@ def _is_held_out(document: Document, config: DataConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.val_fraction * 2**64
 
 
+def _without_overlap(documents: Iterator[Document], files: list[str]) -> Iterator[Document]:
+    overlap, n_kept, n_left_out = Overlap(files), 0, 0
+    for document in documents:
+        if document.text in overlap:
+            n_left_out += 1
+        else:
+            n_kept += 1
+            yield document
+    names = ", ".join(Path(file).name for file in files)
+    said = "%d of %d documents left out, which share %d words in a row with %s"
+    log.info(said, n_left_out, n_kept + n_left_out, overlap.n, names)
+
+
 class Overlap:
-    """Texts that share n words in a row with a record of the files; `found` counts them.
+    """The texts that share n words in a row with a record of the files.
 
     Words are runs of letters, digits and underscores, in lower case, so that spaces, line ends,
     punctuation and quotes do not hide a copy; a record's are those of all its strings in order.
@@ -363,15 +375,13 @@ class Overlap:
     """
 
     def __init__(self, files: Iterable[str], n: int = 13) -> None:
-        self.n, self.found = n, 0
+        self.n = n
         records = chain.from_iterable(_records(Path(file)) for file in files)
         texts = ("\n".join(_strings(record)) for record in records)
         self._ngrams = {ngram for text in texts for ngram in _ngrams(_words(text), n)}
 
     def __contains__(self, text: str) -> bool:
-        shared = bool(self._ngrams) and not self._ngrams.isdisjoint(_ngrams(_words(text), self.n))
-        self.found += shared
-        return shared
+        return not self._ngrams.isdisjoint(_ngrams(_words(text), self.n))
 
 
 def _words(text: str) -> list[str]:

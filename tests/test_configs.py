@@ -40,6 +40,7 @@ NEEDED = {  # what a command or file leaves to the user
     "prepare_data": ["out=x"],
     "train_tokenizer": ["out=x.model"],
     "data=shards": ["data.path=x"],
+    "data=code": ["data.benchmarks=[]"],
 }
 # Gloeckle et al. 2024, table S14: the small models' names leave out the embeddings.
 NON_EMBEDDING = ("1m", "3m", "10m", "30m", "100m", "300m", "1b")

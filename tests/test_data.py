@@ -1,5 +1,6 @@
 """Documents are read, held out, packed and resumed as promised."""
 
+import gzip
 import json
 import sysconfig
 from collections import Counter
@@ -24,6 +25,7 @@ from mtp.documents import (
     SOURCES,
     DataConfig,
     Document,
+    Overlap,
     iter_documents,
     load_documents,
     ngram_overlap,
@@ -354,6 +356,77 @@ def test_the_standard_library_is_read_twice_alike_and_without_tests():
         assert not parts & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 
 
+def test_code_is_each_text_once_and_the_wanted_share_of_micro_programs():
+    config = DataConfig(
+        "code", pattern="json/*.py", packages=["pluggy"], val_fraction=0.0, benchmarks=[]
+    )
+    documents = list(iter_documents(config, held_out=False))
+    assert documents == list(iter_documents(config, held_out=False))
+    assert len({document.text for document in documents}) == len(documents)
+    sizes = Counter[str]()
+    for document in documents:
+        sizes[Path(document.name).parts[0]] += len(document.text.encode())
+    assert sizes.keys() == {"json", "pluggy", "micro"}
+    assert sizes["micro"] / sizes.total() == pytest.approx(0.2, abs=0.005)
+    plain = replace(config, micro_share=0.0)
+    assert texts(plain) == [d.text for d in documents if not d.name.startswith("micro")]
+
+
+# Overlap with benchmarks
+
+
+COPIED = "One two, three four five six seven eight nine ten eleven twelve THIRTEEN!"
+
+
+@pytest.fixture
+def problems(tmp_path):
+    records = [
+        {"id": 7, "tests": ["one two three four five six", COPIED.lower()[29:]], "text": "a b"}
+    ]
+    write_jsonl(tmp_path / "lines.jsonl", records)
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    (tmp_path / "lines.jsonl.gz").write_bytes(
+        gzip.compress((tmp_path / "lines.jsonl").read_bytes())
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz", "list.json"])
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        (COPIED, True),
+        (f"x = 1\n{COPIED}\ny", True),
+        (COPIED.replace(" ", "\n    # ").upper(), True),  # layout and case do not hide a copy
+        (COPIED.removeprefix("One"), False),  # twelve words at either border
+        (COPIED.removesuffix("THIRTEEN!"), False),
+        (COPIED.replace("six", "6"), False),
+        (COPIED.replace("six", "sixes"), False),
+        ("", False),
+    ],
+)
+def test_an_overlap_is_thirteen_words_in_a_row(problems, name, text, shared):
+    assert (text in Overlap([str(problems / name)])) is shared
+
+
+def test_documents_that_overlap_are_left_out_and_counted(problems, caplog):
+    kept = ["one", "two"]
+    path = write_jsonl(problems / "train.jsonl", [{"text": t} for t in [*kept, COPIED]])
+    benchmarks = [str(problems / "lines.jsonl"), str(problems / "list.json")]
+    config = DataConfig("jsonl", path, val_fraction=0.0, benchmarks=benchmarks)
+    with caplog.at_level("INFO", "mtp"):
+        assert texts(config) == kept
+    assert "1 of 3 documents left out" in caplog.text
+    assert "lines.jsonl, list.json" in caplog.text
+
+
+def test_a_missing_benchmark_is_refused_by_path(problems):
+    path = write_jsonl(problems / "train.jsonl", [{"text": "a"}])
+    config = DataConfig("jsonl", path, val_fraction=0.0, benchmarks=[str(problems / "nowhere")])
+    with pytest.raises(ValueError, match=r"data.benchmarks: no file .*nowhere"):
+        texts(config)
+
+
 # Held-out documents
 
 
@@ -529,6 +602,11 @@ def test_the_state_of_another_stream_is_refused():
         ({"source": "jsonl", "path": "x", "holdout": ["json"]}, "data.holdout"),
         ({"source": "text", "path": "x", "val_path": "y", "holdout": ["z"]}, "data.holdout"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
+        ({"source": "code"}, r"data.benchmarks: source='code' needs .*\[\] leaves nothing out"),
+        ({"source": "code", "benchmarks": [], "path": "x"}, "data.path: source='code'"),
+        ({"source": "shards", "path": "x", "benchmarks": ["y"]}, "data.benchmarks: not for"),
+        ({"packages": ["rich"]}, "data.packages: for source='code' only"),
+        ({"micro_share": 1.0}, "data.micro_share=1.0"),
         ({"seq_len": 0}, "data.seq_len=0"),
         ({"seed": -1}, "data.seed=-1"),
     ],
@@ -624,4 +702,5 @@ def test_impossible_batches_are_refused_by_name(changes, message):
 
 
 def test_every_source_has_a_test():
-    assert set(SOURCES) == {"text", "folder", "stdlib", "jsonl", "parquet", "datasets", "shards"}
+    words = ["text", "folder", "stdlib", "code", "jsonl", "parquet", "datasets", "shards"]
+    assert list(SOURCES) == words

@@ -312,6 +312,7 @@ def test_jobs_that_fail_are_named_and_do_not_keep_others_from_running(
         ("generate", ["checkpoint=x", "prompt=a", "prompts=b"], ["prompt=TEXT or prompts=FILE"]),
         ("prepare_data", ["data.source=stdlib"], ["out"]),
         ("prepare_data", ["out=x", "data.source=web"], ["data.source='web'", "jsonl"]),
+        ("prepare_data", ["out=x", "data=code"], ["data.benchmarks", "HumanEval", "[]"]),
         ("train_tokenizer", ["out=x.model", "data.path=y"], ["data.path", "stdlib"]),
     ],
 )

@@ -12,7 +12,7 @@ A task applies one to three primitive steps, one a line, to a list, a string or 
         return sum(xs)
 
 Its template is the primitives in order, and for a single step the constant too. A third of the
-templates, by a hash of their name, is held out: tests ask only for these, training documents never
+templates, by a hash of their steps, is held out: tests ask only for these, training documents never
 do. Only a single step without a constant always belongs to training, so that every primitive is
 taught; a model has to copy constants and to combine what it learned one by one.
 
@@ -22,8 +22,9 @@ Levels: 1 one step, with a constant; 2 two steps without constants; 3 two steps,
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 Task = dict[str, Any]
@@ -48,7 +49,7 @@ CONSTANTS: dict[str, Sequence[Any]] = {
     "letter": "abcdeghiklmnoprstu",
 }
 
-# name | code | what the text says / in other words | constants
+# name | code | what the text says / in other words | constants. Equal code has equal names.
 TABLE = {
     ("list", "list", "list"): """
         evens | [x for x in {v} if x % 2 == 0] | keep the even numbers / drop the odd numbers
@@ -97,7 +98,7 @@ TABLE = {
         suffixed | {v} + '{k}' | append '{k}' / add '{k}' at the end | letter
     """,
     ("string", "string", "number"): """
-        length | len({v}) | return the length / count the characters
+        size | len({v}) | return the length / count the characters
         words | len({v}.split()) | return the number of words / count the words
         vowels | sum(c in 'aeiou' for c in {v}) | return the number of vowels / count the vowels
         count | {v}.count('{k}') | return the number of '{k}' / count each '{k}' | letter
@@ -173,12 +174,12 @@ def tasks(split: str = "test") -> list[Task]:
     """
     if split not in ("test", "train"):
         raise ValueError(f"split={split!r}: allowed: test, train")
-    rng = random.Random(f"micro {split}")
+    rng, code = random.Random(f"micro {split}"), itemgetter("code")
     found = [
         task
         for level in LEVELS
         for area in PRIMITIVES
-        for task in islice(_distinct(rng, [area], [level], split == "test"), PER_CELL)
+        for task in islice(_distinct(code, rng, [area], [level], split == "test"), PER_CELL)
     ]
     first = 1 if split == "test" else 1 + len(found)
     return [{"task_id": first + i, **task} for i, task in enumerate(found)]
@@ -202,7 +203,7 @@ def training_text(count: int | None = None, seed: int = 0) -> Iterator[str]:
     Without a count they do not end.
     """
     rng = random.Random(f"micro documents {seed}")
-    for task in islice(_distinct(rng, list(PRIMITIVES), (0, *LEVELS), False), count):
+    for task in islice(_distinct(prompt, rng, list(PRIMITIVES), (0, *LEVELS), False), count):
         yield prompt(task) + completion(task)
 
 
@@ -210,13 +211,17 @@ def held_out(template: str) -> bool:
     """Whether tests ask for this template, so that training documents never do."""
     _, steps = template.split(": ")
     plain = " " not in steps  # one step without a constant
-    return not plain and hashlib.sha256(template.encode("ascii")).digest()[0] % 3 == 0
+    return not plain and hashlib.sha256(steps.encode("ascii")).digest()[0] % 3 == 0
 
 
 def _distinct(
-    rng: random.Random, areas: Sequence[str], levels: Sequence[int], wanted: bool
+    key: Callable[[Task], str],
+    rng: random.Random,
+    areas: Sequence[str],
+    levels: Sequence[int],
+    wanted: bool,
 ) -> Iterator[Task]:
-    """Endless tasks that differ in prompt or body, of templates held out or not."""
+    """Endless tasks that differ by `key`, of templates held out or not."""
     seen: set[str] = set()
     while True:
         area, level = rng.choice(areas), rng.choice(levels)
@@ -225,8 +230,8 @@ def _distinct(
         if _level(steps) != level or held_out(template) != wanted:
             continue
         task = _task(rng, steps)
-        if task and (key := task["code"] if wanted else str(task)) not in seen:
-            seen.add(key)
+        if task and key(task) not in seen:
+            seen.add(key(task))
             yield {**task, "area": area, "level": level, "template": template}
 
 
@@ -301,7 +306,8 @@ def _input(rng: random.Random, takes: str) -> str:
         return repr([rng.randint(-9, 20) for _ in range(rng.randint(3, 6))])
     if takes == "string":
         return repr(" ".join(rng.sample(WORDS, rng.randint(1, 3))))
-    return ", ".join(str(rng.randint(-20, 60)) for _ in range(2 if takes == "pair" else 1))
+    bounds = rng.choices((9, 60, 300), k=2 if takes == "pair" else 1)
+    return ", ".join(str(rng.randint(-bound // 3, bound)) for bound in bounds)
 
 
 def _text(rng: random.Random, steps: list[Step]) -> str:
