@@ -9,15 +9,15 @@ import gzip
 import hashlib
 import json
 import logging
-import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from mtp.evaluate import micro
+from mtp.overlap import Overlap
 from mtp.packages import package_files
 
 log = logging.getLogger("mtp")
@@ -36,8 +36,8 @@ class DataConfig:
     pattern: str | None = None  # which files of a folder, such as "*.py"
     packages: list[str] = field(default_factory=list)  # `code`: installed, permissively licensed
     micro_share: float = 0.2  # `code`: of the bytes, what is micro-programs
-    # Files of JSON with problems that models are tested on: documents that share 13 words in a row
-    # with one of their strings are left out. `code` needs them, or [].
+    # JSON files of problems that models are tested on: documents that share 13 words in a row with
+    # one are left out. `code` needs them, or [].
     benchmarks: list[str] | None = None
     text_key: str | None = "text"
     prompt_key: str | None = "prompt"
@@ -354,7 +354,8 @@ def _is_held_out(document: Document, config: DataConfig) -> bool:
 
 
 def _without_overlap(documents: Iterator[Document], files: list[str]) -> Iterator[Document]:
-    overlap, n_kept, n_left_out = Overlap(files), 0, 0
+    overlap = Overlap(chain.from_iterable(_problems(Path(file)) for file in files))
+    n_kept = n_left_out = 0
     for document in documents:
         if document.text in overlap:
             n_left_out += 1
@@ -366,55 +367,23 @@ def _without_overlap(documents: Iterator[Document], files: list[str]) -> Iterato
     log.info(said, n_left_out, n_kept + n_left_out, overlap.n, names)
 
 
-class Overlap:
-    """The texts that share n words in a row with a record of the files.
-
-    Words are runs of letters, digits and underscores, in lower case, so that spaces, line ends,
-    punctuation and quotes do not hide a copy; a record's are those of all its strings in order.
-    The files hold a list in JSON or lines of JSON, perhaps gzipped.
-    """
-
-    def __init__(self, files: Iterable[str], n: int = 13) -> None:
-        self.n = n
-        records = chain.from_iterable(_records(Path(file)) for file in files)
-        texts = ("\n".join(_strings(record)) for record in records)
-        self._ngrams = {ngram for text in texts for ngram in _ngrams(_words(text), n)}
-
-    def __contains__(self, text: str) -> bool:
-        return not self._ngrams.isdisjoint(_ngrams(_words(text), self.n))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _records(file: Path) -> list[Any]:
+def _problems(file: Path) -> Iterator[str]:
+    """All strings of each record of a JSON list or of lines of JSON, perhaps gzipped."""
     if not file.is_file():
         raise ValueError(f"data.benchmarks: no file {file}; [] leaves nothing out")
     data = file.read_bytes()
     text = _decode(gzip.decompress(data) if file.suffix == ".gz" else data, file)
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [_parse(line, str(file)) for line in text.splitlines() if line.strip()]
+    lines = filter(str.strip, text.split("\n"))
+    try:
+        records = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
+        yield from ("\n".join(_strings(record)) for record in records)
+    except ValueError as error:
+        raise ValueError(f"data.benchmarks: {file}: no JSON ({error})") from error
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        yield from chain.from_iterable(map(_strings, value.values()))
-    elif isinstance(value, list):
-        yield from chain.from_iterable(map(_strings, value))
-
-
-def ngram_overlap(train: Iterable[str], held_out: Iterable[str], n: int = 13) -> float:
-    """The share of the held-out texts' distinct n-grams of words that training texts contain."""
-    wanted = set(chain.from_iterable(_ngrams(text.split(), n) for text in held_out))
-    unseen = wanted.copy()
-    for text in train:
-        unseen.difference_update(_ngrams(text.split(), n))
-    return 1 - len(unseen) / len(wanted) if wanted else 0.0
-
-
-def _ngrams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[i:] for i in range(n)), strict=False)
+    elif isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        yield from chain.from_iterable(map(_strings, parts))

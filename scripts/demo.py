@@ -23,8 +23,9 @@ from benchmarks.demo_decode import DecodeConfig, Decoded, held_out_prompts, meas
 from benchmarks.pictures import heads_page, loss_curve
 from benchmarks.record import circumstances
 from benchmarks.timing import seconds
-from mtp.documents import load_documents, ngram_overlap
+from mtp.documents import load_documents
 from mtp.hooks import read_jsonl
+from mtp.overlap import ngram_overlap
 from mtp.run import RunConfig, run
 from mtp.train import PRECISIONS, Progress
 from scripts.cli import CONFIGS, register

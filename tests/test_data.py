@@ -25,11 +25,10 @@ from mtp.documents import (
     SOURCES,
     DataConfig,
     Document,
-    Overlap,
     iter_documents,
     load_documents,
-    ngram_overlap,
 )
+from mtp.overlap import Overlap, ngram_overlap
 from mtp.tokenizer import ByteTokenizer
 
 torch.set_num_threads(1)
@@ -378,20 +377,6 @@ def test_code_is_each_text_once_and_the_wanted_share_of_micro_programs():
 COPIED = "One two, three four five six seven eight nine ten eleven twelve THIRTEEN!"
 
 
-@pytest.fixture
-def problems(tmp_path):
-    records = [
-        {"id": 7, "tests": ["one two three four five six", COPIED.lower()[29:]], "text": "a b"}
-    ]
-    write_jsonl(tmp_path / "lines.jsonl", records)
-    (tmp_path / "list.json").write_text(json.dumps(records))
-    (tmp_path / "lines.jsonl.gz").write_bytes(
-        gzip.compress((tmp_path / "lines.jsonl").read_bytes())
-    )
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz", "list.json"])
 @pytest.mark.parametrize(
     ("text", "shared"),
     [
@@ -405,25 +390,38 @@ def problems(tmp_path):
         ("", False),
     ],
 )
-def test_an_overlap_is_thirteen_words_in_a_row(problems, name, text, shared):
-    assert (text in Overlap([str(problems / name)])) is shared
+def test_an_overlap_is_thirteen_words_in_a_row(text, shared):
+    assert (text in Overlap(["x", f"a {COPIED.lower()} b"])) is shared
 
 
-def test_documents_that_overlap_are_left_out_and_counted(problems, caplog):
+@pytest.fixture
+def problems(tmp_path):
+    """Files of one problem, whose tests stand one below the other."""
+    records = [{"id": 7, "tests": [COPIED[:29], COPIED[29:]], "text": "a b"}]
+    lines = write_jsonl(tmp_path / "lines.jsonl", records)
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(Path(lines).read_bytes()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz", "list.json"])
+def test_documents_that_overlap_are_left_out_and_counted(problems, caplog, name):
     kept = ["one", "two"]
     path = write_jsonl(problems / "train.jsonl", [{"text": t} for t in [*kept, COPIED]])
-    benchmarks = [str(problems / "lines.jsonl"), str(problems / "list.json")]
-    config = DataConfig("jsonl", path, val_fraction=0.0, benchmarks=benchmarks)
+    config = DataConfig("jsonl", path, val_fraction=0.0, benchmarks=[str(problems / name)])
     with caplog.at_level("INFO", "mtp"):
         assert texts(config) == kept
-    assert "1 of 3 documents left out" in caplog.text
-    assert "lines.jsonl, list.json" in caplog.text
+    assert f"1 of 3 documents left out, which share 13 words in a row with {name}" in caplog.text
 
 
-def test_a_missing_benchmark_is_refused_by_path(problems):
-    path = write_jsonl(problems / "train.jsonl", [{"text": "a"}])
-    config = DataConfig("jsonl", path, val_fraction=0.0, benchmarks=[str(problems / "nowhere")])
-    with pytest.raises(ValueError, match=r"data.benchmarks: no file .*nowhere"):
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "no file .*nowhere"), ("bad", "bad: no JSON")]
+)
+def test_missing_and_broken_benchmarks_are_refused_by_path(tmp_path, name, message):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
+    (tmp_path / "bad").write_text('{"prompt": "a"}\n{"prompt"\n')
+    config = DataConfig("jsonl", path, val_fraction=0.0, benchmarks=[str(tmp_path / name)])
+    with pytest.raises(ValueError, match=f"data.benchmarks: {message}"):
         texts(config)
 
 

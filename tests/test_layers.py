@@ -18,13 +18,14 @@ OPTIONAL = (
 )
 # A module may import what stands in the levels above its own line, the first two lines nothing.
 LEAVES = {
-    *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.packages"),
-    *("mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract", "mtp.decode.depth"),
-    *("mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child", "mtp.evaluate.scores"),
+    *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.overlap"),
+    *("mtp.packages", "mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract"),
+    *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
+    "mtp.evaluate.scores",
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},
-    "mtp.documents": {"mtp.evaluate.micro", "mtp.packages"},
+    "mtp.documents": {"mtp.evaluate.micro", "mtp.overlap", "mtp.packages"},
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},

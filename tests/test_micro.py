@@ -18,7 +18,8 @@ from mtp.evaluate.micro import (
     training_text,
 )
 
-SAMPLE = 4000  # training documents
+SAMPLE = 3000  # training documents
+TASKS = {split: tasks(split) for split in ("test", "train")}
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +38,14 @@ def body_of(code):
 
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_references_pass_their_asserts_and_whole_programs_do(split):
-    for task in tasks(split):
+    for task in TASKS[split]:
         for source in (task["code"], prompt(task) + completion(task)):
             exec("\n".join([source, *task["test_list"]]), {})
 
 
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_tasks_have_the_schema_and_every_area_and_level_equally(split):
-    found = tasks(split)
+    found = TASKS[split]
     keys = {"task_id", "text", "code", "test_list", "area", "level", "template"}
     assert all(task.keys() == keys and len(task["test_list"]) == 3 for task in found)
     cells = Counter((task["area"], task["level"]) for task in found)
@@ -53,7 +54,7 @@ def test_tasks_have_the_schema_and_every_area_and_level_equally(split):
 
 
 def test_levels_are_steps_and_constants():
-    for task in tasks():
+    for task in TASKS["test"]:
         steps = task["template"].split(": ")[1].split(", ")
         assert (
             len(steps) == len(completion(task).splitlines()) == (1, 2, 2, 3, 3)[task["level"] - 1]
@@ -62,7 +63,7 @@ def test_levels_are_steps_and_constants():
 
 def test_no_part_of_a_reference_is_idle():
     """Asserts tell the reference from the same program without one of its assignments."""
-    for task in tasks():
+    for task in TASKS["test"]:
         lines = task["code"].splitlines()
         for i in range(1, len(lines) - 1):
             shorter = "\n".join([*lines[:i], *lines[i + 1 :], *task["test_list"]])
@@ -72,17 +73,18 @@ def test_no_part_of_a_reference_is_idle():
 
 def test_no_constant_answer_passes():
     assert all(
-        len({check.partition(" == ")[2] for check in task["test_list"]}) > 1 for task in tasks()
+        len({check.partition(" == ")[2] for check in task["test_list"]}) > 1
+        for task in TASKS["test"]
     )
 
 
 def test_test_templates_are_held_out_and_training_templates_are_not():
-    test, train = ({task["template"] for task in tasks(split)} for split in ("test", "train"))
+    test, train = ({task["template"] for task in TASKS[split]} for split in ("test", "train"))
     assert all(map(held_out, test)) and not any(map(held_out, train))
 
 
 def test_no_training_document_shares_a_body_with_a_test(documents):
-    assert not {body_of(task["code"]) for task in tasks()} & set(map(body_of, documents))
+    assert not {body_of(task["code"]) for task in TASKS["test"]} & set(map(body_of, documents))
 
 
 def test_training_teaches_every_primitive_by_itself(documents):
@@ -93,13 +95,13 @@ def test_training_teaches_every_primitive_by_itself(documents):
 def test_documents_have_the_form_of_the_tests_and_all_differ(documents):
     assert len(set(documents)) == SAMPLE
     form = re.compile(r'def \w+\([\w, ]+\):\n    """[^\n]+\n\n(    assert [^\n]+\n){3}    """\n')
-    for text in [*documents, *(prompt(task) + completion(task) for task in tasks())]:
+    for text in [*documents, *(prompt(task) + completion(task) for task in TASKS["test"])]:
         start = form.match(text)
         assert start and re.fullmatch(r"(    [^\n]+\n){1,3}", text[start.end() :])
 
 
 def test_documents_and_tasks_are_the_same_every_time(documents):
-    assert tasks() == tasks()
+    assert tasks() == TASKS["test"]
     assert list(islice(training_text(), 50)) == list(training_text(50)) == documents[:50]
     assert list(training_text(50, seed=1)) != documents[:50]
 
