@@ -421,7 +421,7 @@ def test_missing_and_broken_benchmarks_are_refused_by_path(tmp_path, name, messa
     path = write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
     (tmp_path / "bad").write_text('{"prompt": "a"}\n{"prompt"\n')
     config = DataConfig("jsonl", path, val_fraction=0.0, benchmarks=[str(tmp_path / name)])
-    with pytest.raises(ValueError, match=f"data.benchmarks: {message}"):
+    with pytest.raises(ValueError, match=f"data.benchmarks: .*{message}"):
         texts(config)
 
 
