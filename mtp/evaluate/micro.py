@@ -2,10 +2,10 @@
 
 A task applies one to three primitive steps, one a line, to a list, a string or a number:
 
-    def evens_total(xs):
+    def total(xs):
         \"\"\"Keep the even numbers, then return the sum.
 
-        assert evens_total([4, 7, 10]) == 14
+        assert total([4, 7, 10]) == 14
         (two more)
         \"\"\"
         xs = [x for x in xs if x % 2 == 0]
@@ -117,6 +117,10 @@ TABLE = {
         divided | {v} // {k} | divide by {k}, rounding down / floor divide by {k} | some
         remainder | {v} % {k} | take the remainder modulo {k} / take it modulo {k} | some
         square | {v} * {v} | square it / take the square
+        cube | {v} * {v} * {v} | cube it / take the cube
+        doubled | {v} + {v} | double it / add it to itself
+        halved | {v} // 2 | halve it, rounding down / floor divide by two
+        unit | abs({v}) % 10 | take the last digit / keep the last digit
         negated | -{v} | negate it / flip the sign
         absolute | abs({v}) | take the absolute value / make it absolute
         digits | sum(int(d) for d in str(abs({v}))) | take the sum of digits / add up the digits
@@ -145,12 +149,9 @@ def _parse() -> dict[str, list[Primitive]]:
 
 PRIMITIVES = _parse()
 
-ARGUMENTS = {
-    "list": ("xs", "numbers", "values", "items"),
-    "string": ("s", "text", "word", "name"),
-    "number": ("n", "number", "value"),
-    "pair": ("a, b", "x, y", "m, n"),
-}
+# One name each, and functions are called by their last step: a small model sees few documents, and
+# what it has to learn is the steps.
+ARGUMENTS = {"list": "xs", "string": "s", "number": "n", "pair": "a, b"}
 WORDS = (
     *("Apple", "banana", "Cherry", "data", "Earth", "green", "house", "kite", "Lemon", "moon"),
     *("number", "orange", "Paris", "quiet", "river", "stone", "Table", "under", "water", "zebra"),
@@ -271,8 +272,7 @@ def _template(area: str, steps: list[Step]) -> str:
 def _task(rng: random.Random, steps: list[Step]) -> Task | None:
     """None where no inputs were found that tell the function from a shorter one."""
     takes = steps[0].primitive.takes
-    arguments = rng.choice(ARGUMENTS[takes])
-    name = "_".join(step.primitive.name for step in steps)
+    arguments, name = ARGUMENTS[takes], steps[-1].primitive.name
     body = _body(steps, arguments)
     shorter = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
     for _ in range(8):
@@ -303,7 +303,7 @@ def _results(body: str, arguments: str, inputs: list[str]) -> list[str]:
 
 def _input(rng: random.Random, takes: str) -> str:
     if takes == "list":
-        return repr([rng.randint(-9, 20) for _ in range(rng.randint(3, 6))])
+        return repr([rng.randint(-9, 20) for _ in range(rng.randint(3, 5))])
     if takes == "string":
         return repr(" ".join(rng.sample(WORDS, rng.randint(1, 3))))
     bounds = rng.choices((9, 60, 300), k=2 if takes == "pair" else 1)
