@@ -148,6 +148,12 @@ def test_text_is_the_autoregressive_text(family, drafter, sampling):
         assert texts(got) == truth[:count]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_copy_writes_the_same_text(family):
+    requests, packed = some_requests(stop=False), adapted(family).packed()
+    assert texts(generate(packed, requests, batch_size=3)) == usual_truths(family)
+
+
 @pytest.mark.parametrize("rule", ["exact", "block"])
 def test_other_rules_give_the_greedy_text_too(rule):
     model, requests = adapted("llama"), some_requests(stop=False)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mtp.decode.contract import Draft, Layout, chain, tree
 from mtp.model import Cache, CacheLayer
+from mtp.packed import can_pack, with_packed_linears
 
 ATTENTION = ("sdpa", "eager")  # those that take any mask
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -60,6 +61,13 @@ class CausalLM:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Ids (R, T) -> logits (R, T, V), as the model itself reads a text."""
         return self.model(input_ids=tokens, use_cache=False).logits
+
+    def packed(self) -> CausalLM:
+        """A copy for decoding on a CPU, see `mtp.packed`; itself where there is nothing to gain."""
+        weight = self.embedding.weight
+        if not can_pack(weight.dtype, weight.device.type):
+            return self
+        return CausalLM(with_packed_linears(self.model))
 
     def new_cache(self, layers: int, rows: int, slots: int) -> SlotCache:
         if self.window is not None and slots > self.window:
