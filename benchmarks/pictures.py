@@ -127,6 +127,47 @@ def decode_panels(found: Mapping[int, Mapping[str, dict[str, Any]]], path: Path)
     plt.close(figure)
 
 
+def pass_panels(title: str, cells: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """pass@k of every model with its interval: a row of panels per k, a column per temperature."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ks = [line["k"] for line in cells[0]["pass"]]
+    temperatures = list(dict.fromkeys(cell["temperature"] for cell in cells))
+    labels = list(dict.fromkeys(cell["label"] for cell in cells))
+    size = (3.2 * len(temperatures) + 1.8, len(ks) * (0.7 + 0.3 * len(labels)) + 0.9)
+    figure, grid = plt.subplots(
+        len(ks),
+        len(temperatures),
+        figsize=size,
+        dpi=110,
+        squeeze=False,
+        sharex="row",
+        sharey=True,
+        layout="constrained",
+    )
+    for (row, k), (column, temperature) in product(enumerate(ks), enumerate(temperatures)):
+        axes = grid[row, column]
+        for cell in (cell for cell in cells if cell["temperature"] == temperature):
+            line, y = cell["pass"][row], labels.index(cell["label"])
+            if "missing" not in line:
+                low, mean, high = (100 * line[key] for key in ("low", "mean", "high"))
+                axes.plot([low, high], [y, y], color=f"C{y}", lw=2)
+                axes.plot(mean, y, "o", color=f"C{y}")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_title(f"pass@{k}, temperature {temperature:g}", fontsize=10, loc="left")
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle(title, fontsize=8, wrap=True)
+    figure.supxlabel("per cent of problems; lines are 90 % intervals", fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def heads_page(
     title: str,
     sentence: str,
