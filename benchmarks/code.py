@@ -249,8 +249,10 @@ def run(config: CodeConfig) -> dict[str, Any]:
         said = "; ".join(f"pass@{k} needs {k} samples, a problem gets {n}" for k, n in few)
         print(f"left open: {said} (one at temperature 0)", file=sys.stderr)
     draw_all(cells, config, sandbox)
-    values = {"benchmark": benchmark_of(config).says, "sandbox": sandbox.describe()}
-    values |= figures(cells, ks)
+    says, asked = benchmark_of(config).says, len(cells[0].problems)
+    if config.problems:
+        says += f"; {asked} of these, evenly chosen"
+    values = {"benchmark": says, "sandbox": sandbox.describe(), **figures(cells, ks)}
     write(cells, values, config)
     return values
 

@@ -117,7 +117,7 @@ def draw(cell: Cell, model: Any, sandbox: Sandbox, progress: Progress) -> None:
     too_long = [drawing for drawing in wanted if len(drawing.prompt) >= most]
     for drawing in too_long:
         cell.file.append(drawing.sample("", TOO_LONG, {}))
-    progress.add(cell, len(too_long))
+    progress.total -= len(too_long)
     fitting = [drawing for drawing in wanted if len(drawing.prompt) < most]
     completed = complete(cell, model, fitting)
     while some := list(islice(completed, JUDGED)):

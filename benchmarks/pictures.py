@@ -144,7 +144,7 @@ def pass_panels(title: str, cells: Sequence[Mapping[str, Any]], path: Path) -> N
         figsize=size,
         dpi=110,
         squeeze=False,
-        sharex="row",
+        sharex=True,
         sharey=True,
         layout="constrained",
     )
@@ -152,12 +152,15 @@ def pass_panels(title: str, cells: Sequence[Mapping[str, Any]], path: Path) -> N
         axes = grid[row, column]
         for cell in (cell for cell in cells if cell["temperature"] == temperature):
             line, y = cell["pass"][row], labels.index(cell["label"])
-            if "missing" not in line:
-                low, mean, high = (100 * line[key] for key in ("low", "mean", "high"))
-                axes.plot([low, high], [y, y], color=f"C{y}", lw=2)
-                axes.plot(mean, y, "o", color=f"C{y}")
+            if "missing" in line:
+                axes.text(0, y, " too few samples", va="center", color="0.5", fontsize=8)
+                continue
+            low, mean, high = (100 * line[key] for key in ("low", "mean", "high"))
+            axes.plot([low, high], [y, y], color=f"C{y}", lw=2)
+            axes.plot(mean, y, "o", color=f"C{y}")
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_xlim(0, max(1.0, axes.get_xlim()[1]))
         axes.set_title(f"pass@{k}, temperature {temperature:g}", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
