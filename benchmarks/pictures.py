@@ -160,11 +160,12 @@ def pass_panels(title: str, cells: Sequence[Mapping[str, Any]], path: Path) -> N
             axes.plot(mean, y, "o", color=f"C{y}")
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlim(0, max(1.0, axes.get_xlim()[1]))
         axes.set_title(f"pass@{k}, temperature {temperature:g}", fontsize=10, loc="left")
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+    highest = max(line.get("high", 0.0) for cell in cells for line in cell["pass"])
+    grid[0, 0].set_xlim(0, max(1.0, 104 * highest))  # of all panels: they share it
     figure.suptitle(title, fontsize=8, wrap=True)
     figure.supxlabel("per cent of problems; lines are 90 % intervals", fontsize=9)
     figure.savefig(path)

@@ -12,9 +12,11 @@ import torch
 from conftest import tiny
 
 import mtp
-from benchmarks.code import UNINDENTED, CodeConfig, run
+from benchmarks.code import UNINDENTED, CodeConfig, micro_benchmark, run
+from benchmarks.code_samples import Drawing, text_of
 from benchmarks.record import parse
 from benchmarks.subjects import subject
+from mtp.decode.contract import Completion
 from mtp.evaluate import micro
 from mtp.evaluate.code import cut
 from mtp.evaluate.samples import SampleFile, read_samples
@@ -238,6 +240,13 @@ def test_a_body_ends_before_the_first_line_without_indent():
     body = "    if x:\n        return 1\n    return 2"
     for rest in ("\ndef f():\n", "\nprint(1)", "\n@x", "\n\n    y", "\n# z", "\n"):
         assert cut(body + rest, UNINDENTED).rstrip("\n") == body
+
+
+def test_a_completion_is_cut_where_its_stop_begins():
+    problem = replace(micro_benchmark("test", None).problems[0], prompt="é: ")
+    ids = list(problem.prompt.encode())
+    drawing = Drawing(problem, 0, 0, ids, Completion(list(b"    return 1\nd")))
+    assert text_of(drawing, ByteTokenizer()) == "    return 1"
 
 
 def test_quick_is_a_small_slice_beside_the_whole():
