@@ -86,7 +86,7 @@ class CodeConfig:
     sandbox: str = "strong"
     precision: str = "float32"
     device: str = "auto"
-    samples: str = "runs/code"
+    samples: str = "runs/samples"
     name: str = "code"
     references: bool = False
     quick: bool = False

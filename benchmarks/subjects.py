@@ -97,7 +97,7 @@ def _load_theirs(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from mtp.interop.huggingface import CausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return CausalLM(model.to(device))
+    return CausalLM(model.to(device)).packed()
 
 
 class TheirTokenizer:
