@@ -55,17 +55,17 @@ ALLOWED = {
     "sandbox": LEVELS,
     "precision": tuple(PRECISIONS),
 }
-LEAST = {"problems": 0, "n": 1, "new_tokens": 1, "batch": 1, "seed": 0}
+LEAST = {"first": 0, "problems": 0, "n": 1, "new_tokens": 1, "batch": 1, "seed": 0}
 QUICK = {"problems": 60, "n": 1, "temperatures": "0", "ks": "1"}
 UNINDENTED = ("\n\n", *(f"\n{c}" for c in string.printable if not c.isspace()))
 
 
 @dataclass
 class CodeConfig:
-    """split, form, path: as `load_benchmark` takes them. problems: how many, evenly from all; 0 for
-    all. new_tokens: at most, and no more than the context holds. batch: rows decoded at a time.
-    name: of the files written. references: only run the reference solutions. quick: 60 problems,
-    one greedy sample each.
+    """split, form, path: as `load_benchmark` takes them. first: only so many of it; 0 for all.
+    problems: how many, evenly from these; 0 for all. new_tokens: at most, and no more than the
+    context holds. batch: rows decoded at a time. name: of the files written. references: only run
+    the reference solutions. quick: 60 problems, one greedy sample each.
     """
 
     models: str = ""
@@ -73,6 +73,7 @@ class CodeConfig:
     split: str = ""
     form: str = ""
     path: str = ""
+    first: int = 0
     problems: int = 0
     n: int = 1
     temperatures: str = "0"
@@ -157,9 +158,9 @@ def _micro_problem(task: micro.Task) -> Problem:
     return Problem(task_id, prompt, UNINDENTED, micro.completion(task), prompt, tests)
 
 
-def evenly(problems: tuple[Problem, ...], count: int) -> tuple[Problem, ...]:
-    """`count` of them, all for 0."""
-    size = min(count or len(problems), len(problems))
+def chosen(problems: tuple[Problem, ...], config: CodeConfig) -> tuple[Problem, ...]:
+    problems = problems[: config.first or None]
+    size = min(config.problems or len(problems), len(problems))
     return tuple(problems[i * len(problems) // size] for i in range(size))
 
 
@@ -222,7 +223,7 @@ def cell_of(
         config.seed,
         config.n if temperature > 0 else 1,
         config.batch,
-        evenly(benchmark.problems, config.problems),
+        chosen(benchmark.problems, config),
         SampleFile(file, run),
     )
 
@@ -249,9 +250,11 @@ def run(config: CodeConfig) -> dict[str, Any]:
         said = "; ".join(f"pass@{k} needs {k} samples, a problem gets {n}" for k, n in few)
         print(f"left open: {said} (one at temperature 0)", file=sys.stderr)
     draw_all(cells, config, sandbox)
-    says, asked = benchmark_of(config).says, len(cells[0].problems)
+    says = benchmark_of(config).says
+    if config.first:
+        says += f"; the first {config.first}"
     if config.problems:
-        says += f"; {asked} of these, evenly chosen"
+        says += f"; {len(cells[0].problems)} of these, evenly chosen"
     values = {"benchmark": says, "sandbox": sandbox.describe(), **figures(cells, ks)}
     write(cells, values, config)
     return values

@@ -214,6 +214,7 @@ def test_a_part_of_the_problems_is_spread_evenly_and_said(config):
     assert values["benchmark"].endswith("; 2 of these, evenly chosen")
     assert [s.task_id for s in samples_of(few)["raw-none-0.jsonl"]] == [FIRST, "Micro/level 1/2"]
     assert len(samples_of(few)["raw-none-0.jsonl"]) == 2
+    assert run(replace(few, first=2, problems=0))["benchmark"].endswith("; the first 2")
 
 
 def test_a_sandbox_that_fails_ends_the_run_and_judges_nothing(config, monkeypatch):
