@@ -25,6 +25,7 @@ from mtp.evaluate.code import (
     reference_bits,
     score_by,
 )
+from mtp.evaluate.sandbox import Limits, Sandbox
 from mtp.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 needs_data = pytest.mark.skipif(not (DATA / "mbpp").is_dir(), reason="needs MTP_TEST_DATA")
@@ -345,10 +346,10 @@ def test_stop_rules_cut_no_reference_but_one(name, form):
     "name, count", [("humaneval", 164), ("mbpp", 974), ("mbpp_sanitized", 427)]
 )
 def test_all_published_references_pass(name, count):
-    sandbox = pytest.importorskip("mtp.evaluate.sandbox")
     benchmark = load_benchmark(name, SOURCES[name].splits[-1], path=DATA)
     assert len(benchmark.problems) == count
-    assert check_references(benchmark, sandbox.Sandbox(level="weak")) == {}
+    patient = Sandbox(Limits(seconds=100.0), level="weak")  # the machine may be busy
+    assert check_references(benchmark, patient) == {}
 
 
 # Bits.

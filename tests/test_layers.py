@@ -29,7 +29,9 @@ EXACT = {
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
-    "mtp.evaluate.code": {"mtp.decode.contract", "mtp.documents", "mtp.tokenizer"},
+    "mtp.evaluate.code": {
+        *("mtp.decode.contract", "mtp.documents", "mtp.evaluate.sandbox", "mtp.tokenizer"),
+    },
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints

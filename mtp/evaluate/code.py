@@ -23,10 +23,10 @@ import hashlib
 import json
 import math
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from mtp.decode.contract import cut_at
 from mtp.documents import DataConfig, iter_documents
+from mtp.evaluate.sandbox import Sandbox
 from mtp.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
@@ -326,15 +327,7 @@ def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[i
 # References.
 
 
-class Runner(Protocol):
-    """What is asked of a sandbox."""
-
-    def run_all(self, programs: Sequence[str]) -> Iterator[Any]:
-        """Outcomes, each with a `verdict`, in the order of the programs."""
-        ...
-
-
-def check_references(benchmark: Benchmark, sandbox: Runner) -> dict[str, str]:
+def check_references(benchmark: Benchmark, sandbox: Sandbox) -> dict[str, str]:
     """The verdicts of the references that do not pass, by task: the ceiling of any score.
 
     They are cut as samples are. All pass on CPython 3.11, but for Mbpp/342 in form "docstring",
