@@ -21,6 +21,7 @@ from hydra.errors import ConfigCompositionException  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from scripts.cli import register  # noqa: E402
+from scripts.convert import FORMATS, ConvertConfig  # noqa: E402
 from scripts.gather import GatherConfig  # noqa: E402
 from scripts.generate import GenerateConfig  # noqa: E402
 from scripts.prepare_data import PrepareConfig  # noqa: E402
@@ -29,12 +30,14 @@ from scripts.train_tokenizer import TokenizerConfig  # noqa: E402
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
     "train": RunConfig,
+    "convert": ConvertConfig,
     "gather": GatherConfig,
     "generate": GenerateConfig,
     "prepare_data": PrepareConfig,
     "train_tokenizer": TokenizerConfig,
 }
 NEEDED = {  # what a command or file leaves to the user
+    "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
     "gather": ["checkpoint=x", "out=y"],
     "generate": ["checkpoint=x", "prompt=a"],
     "prepare_data": ["out=x"],
@@ -72,6 +75,14 @@ def test_every_file_is_tried_below():
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_command_composes_into_its_dataclass(name):
     assert isinstance(compose(name, *NEEDED.get(name, ())), SCHEMAS[name])
+
+
+def test_the_help_of_conversion_lists_every_pair():
+    register("convert", ConvertConfig)
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        shown = hydra.compose("convert", return_hydra_config=True).hydra.help.template
+    pairs = [f" {source} -> {out} " for source in FORMATS for out in FORMATS]
+    assert [pair for pair in pairs if pair not in shown] == []
 
 
 @pytest.mark.parametrize("choice", choices())
@@ -177,6 +188,15 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
         (GenerateConfig, {}, "give either prompt=TEXT or prompts=FILE"),
         (GenerateConfig, {"prompt": "a", "prompts": "b"}, "give either prompt=TEXT or prompts="),
         (GenerateConfig, {"prompt": "a", "precision": "x"}, "precision='x': allowed are float32"),
+        (ConvertConfig, {"source_format": "x"}, "source_format='x': allowed are mtp, llama, meta"),
+        *(
+            (ConvertConfig, {"source_format": "mtp", "out_format": "mtp"} | more, words)
+            for more, words in (
+                ({"precision": "fp8"}, "precision='fp8': allowed are float32, bfloat16"),
+                ({"like": "x"}, "like='x' is for out_format=llama, not mtp"),
+                ({"out": str(CONFIGS)}, f"out='{CONFIGS}': exists already"),
+            )
+        ),
         (TokenizerConfig, {"out": str(CONFIGS)}, f"out='{CONFIGS}': give a .model file"),
     ],
 )

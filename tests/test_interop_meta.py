@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import tiny
 
 from mtp.interop.meta import PARAMS, WEIGHTS, load_meta, meta_params, our_config, save_meta
+from mtp.model import ModelConfig
 from mtp.tokenizer import ByteTokenizer, train_sentencepiece
 
 DIM, HEADS, KV, VOCAB, HIDDEN = 16, 2, 1, 13, 48
@@ -175,6 +176,12 @@ def test_the_feed_forward_layer_has_the_width_of_published_llamas(dim, multiple_
     assert config.ffn_dim == our_config(meta_params(config)).ffn_dim == width
 
 
+def test_any_width_of_the_feed_forward_layer_comes_back():
+    for width in range(1, 300):  # 51 is one whose quotient is rounded down
+        config = ModelConfig(dim=16, n_heads=2, hidden_dim=width)
+        assert our_config(meta_params(config)).ffn_dim == width
+
+
 @pytest.mark.parametrize(
     ("says", "said"),
     [
@@ -336,3 +343,36 @@ def test_an_export_is_complete_or_absent(tmp_path, monkeypatch):
     save_meta(tiny(), out)
     with pytest.raises(FileExistsError):
         save_meta(tiny(), out)
+
+
+# From one format to another.
+
+
+@pytest.mark.parametrize("out_format", ["mtp", "llama", "meta"])
+@pytest.mark.parametrize("source_format", ["mtp", "llama", "meta"])
+def test_converted_models_are_the_same(source_format, out_format, pieces, tmp_path, capsys):
+    scripts = pytest.importorskip("scripts.convert")
+    heads = 1 if "llama" in (source_format, out_format) else 3
+    model = tiny(vocab_size=290, n_future_tokens=heads).float()
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    given = scripts.ConvertConfig(out_format, "", source_format, source)
+    scripts.FORMATS[source_format].write(model, pieces, given)
+    scripts.convert(scripts.ConvertConfig(source_format, source, out_format, out))
+    back, tokenizer = scripts.FORMATS[out_format].read(out, torch.float32)
+    with torch.no_grad():
+        wanted, got = (m(TOKENS[None], return_all_heads=True) for m in (model, back))
+    assert torch.equal(wanted, got)
+    assert (tokenizer is None) == ("llama" in (source_format, out_format))
+    alone = "" if tokenizer else ", without a tokenizer"
+    assert capsys.readouterr().out == f"written: {out}{alone}\n"
+
+
+def test_conversion_takes_precision_and_a_folder_to_be_like(tmp_path):
+    scripts = pytest.importorskip("scripts.convert")
+    save_meta(tiny(), tmp_path / "meta")
+    like = scripts.save_llama(tiny(), tmp_path / "like")
+    (like / "tokenizer.json").write_text("a tokenizer")
+    places = ("meta", str(tmp_path / "meta"), "llama", str(tmp_path / "out"))
+    scripts.convert(scripts.ConvertConfig(*places, precision="bfloat16", like=str(like)))
+    assert (tmp_path / "out/tokenizer.json").read_text() == "a tokenizer"
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -1,0 +1,89 @@
+"""Turn a model's folder into another format's.
+
+python scripts/convert.py source_format=meta source=7B_1T_4 out_format=llama out=llama-7b
+
+`--help` lists the formats. The tokenizer goes along where both formats have a place for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import MISSING
+
+import mtp
+from mtp import checkpoint
+from mtp.interop.llama import load_llama, save_llama
+from mtp.interop.meta import load_meta, save_meta
+from mtp.tokenizer import INDEX_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer
+from mtp.train import PRECISIONS
+from scripts.cli import launch
+
+Read = tuple[mtp.Transformer, Tokenizer | None]
+
+
+class Format(NamedTuple):
+    """read(folder, dtype) -> model, tokenizer; write(model, tokenizer, config)."""
+
+    read: Callable[[str, torch.dtype], Read]
+    write: Callable[[mtp.Transformer, Tokenizer | None, Any], object]
+
+
+@dataclass
+class ConvertConfig:
+    source_format: str = MISSING  # mtp, llama or meta
+    source: str = MISSING
+    out_format: str = MISSING
+    out: str = MISSING  # a new folder
+    precision: str = "float32"  # or bfloat16: of the weights written
+    like: str | None = None  # Hugging Face folder whose tokenizer an out_format=llama gets
+
+    def __post_init__(self) -> None:
+        for key, allowed in (
+            ("source_format", FORMATS),
+            ("out_format", FORMATS),
+            ("precision", PRECISIONS),
+        ):
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(f"{key}={value!r}: allowed are {', '.join(allowed)}")
+        if self.like is not None and self.out_format != "llama":
+            raise ValueError(f"like={self.like!r} is for out_format=llama, not {self.out_format}")
+        if Path(self.out).exists():
+            raise ValueError(f"out={self.out!r}: exists already and is not overwritten")
+
+
+def _read_ours(source: str, dtype: torch.dtype) -> Read:
+    folder = checkpoint.find(source)
+    has_one = (folder / INDEX_FILE).is_file()
+    return mtp.load(folder, dtype=dtype), mtp.load_tokenizer(folder) if has_one else None
+
+
+def _read_llama(source: str, dtype: torch.dtype) -> Read:
+    file = Path(source, MODEL_FILE)
+    return load_llama(source, dtype=dtype), mtp.load_tokenizer(file) if file.is_file() else None
+
+
+def _write_meta(model: mtp.Transformer, tokenizer: Tokenizer | None, config: Any) -> object:
+    fits = isinstance(tokenizer, SentencePieceTokenizer)
+    return save_meta(model, config.out, tokenizer if fits else None)
+
+
+FORMATS = {
+    "mtp": Format(_read_ours, lambda model, tokenizer, c: mtp.save(model, c.out, tokenizer)),
+    "llama": Format(_read_llama, lambda model, tokenizer, c: save_llama(model, c.out, c.like)),
+    "meta": Format(load_meta, _write_meta),
+}
+
+
+def convert(config: ConvertConfig) -> None:
+    dtype = PRECISIONS[config.precision]
+    model, tokenizer = FORMATS[config.source_format].read(config.source, dtype)
+    FORMATS[config.out_format].write(model, tokenizer, config)
+    alone = "" if any(Path(config.out).glob("tokenizer*")) else ", without a tokenizer"
+    print(f"written: {config.out}{alone}")
+
+
+if __name__ == "__main__":
+    launch("convert", ConvertConfig, convert)
