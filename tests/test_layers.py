@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mtp").rglob("*.py"))
 OPTIONAL = (
     *("hydra", "omegaconf", "yaml", "sentencepiece", "datasets", "matplotlib"),
-    *("tensorboard", "safetensors", "pyarrow", "transformers", "lm_eval"),
+    *("tensorboard", "safetensors", "pyarrow", "transformers", "huggingface_hub", "lm_eval"),
 )
 # A module may import what stands in the levels above its own line, the first two lines nothing.
 LEAVES = {
@@ -37,7 +37,7 @@ SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
     *("mtp.evaluate.samples", "mtp.interop.huggingface", "mtp.interop.llama"),
-    "mtp.interop.meta",
+    *("mtp.interop.meta", "mtp.interop.hub"),
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
