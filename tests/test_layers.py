@@ -36,8 +36,8 @@ EXACT = {
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
-    *("mtp.evaluate.samples", "mtp.interop.huggingface", "mtp.interop.llama"),
-    *("mtp.interop.meta", "mtp.interop.hub"),
+    *("mtp.evaluate.samples", "mtp.interop.attach", "mtp.interop.huggingface"),
+    *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub"),
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it

@@ -1,0 +1,333 @@
+"""Heads for a model that is there already: one of ours, or any causal LM of transformers in its
+adapter `mtp.interop.huggingface.CausalLM`.
+
+    model = attach_heads(CausalLM(theirs), 4, "residual")
+    train(model, batches, MultiTokenLoss(4), config)       only heads learn
+    generate(model, requests, OwnHeads())                  the trunk's own text, in fewer steps
+    save_heads(model, folder);  load_heads(CausalLM(theirs), folder)
+
+Head 1 is the model itself, which stays as it is. Heads 2..n read what its unembedding reads and
+share that matrix; each adds something to it that is zero at first, so that a fresh head repeats
+head 1. Kinds:
+
+    residual     h + SiLU(Wh)                        (Medusa, Cai et al. 2024)
+    transformer  a block per head, all reading h
+    causal       a block per head, reading head i - 1
+
+Letters: B rows, T positions, N future tokens (heads), D width, R rows of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtp.checkpoint import whole
+from mtp.decode.contract import Layout, Sizes, chain
+from mtp.heads import HEADS, CausalHeads, Heads, IdentityHead, ParallelHeads
+from mtp.loss import Score
+from mtp.model import Block, ModelConfig, Rotary, Transformer, Unembedding
+from mtp.packed import Matrix, project, with_packed_linears
+
+CONFIG, WEIGHTS = "heads.json", "heads.safetensors"
+FORMAT_VERSION = 1
+SAMPLED = 4096  # numbers of a parameter that tell it from another one
+
+
+def _parallel(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+    return ParallelHeads([IdentityHead(), *(block() for _ in range(n - 1))], layers_per_head=1)
+
+
+def _causal(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+    return CausalHeads([IdentityHead(), *(block() for _ in range(n - 1))])
+
+
+KINDS: dict[str, Callable[[int, int, Callable[[], nn.Module]], Heads]] = {
+    "residual": HEADS["residual"].build,
+    "transformer": _parallel,
+    "causal": _causal,
+}
+
+
+class Trunk(NamedTuple):
+    """A model that decodes, see `mtp.decode.contract.Target`, and its end: `output` reads
+    norm(latent).
+    """
+
+    model: Any
+    norm: Callable[[Tensor], Tensor]
+    output: Unembedding
+
+
+class AttachedHeads(nn.Module):
+    """Decodes and trains like a `Transformer`. The trunk is no submodule: parameters, gradients,
+    optimizer states and files are those of the heads alone, and `to` moves or casts only them.
+    """
+
+    def __init__(self, trunk: Trunk, heads: Heads, kind: str, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.trunk, self.heads, self.kind, self.rotary = trunk, heads, kind, rotary
+        self.config: Sizes = trunk.model.config
+        self.n_future_tokens = len(heads.heads)
+
+    def forward(self, row: Tensor, score: Score | None = None, cut: str = "latents") -> Any:
+        """Without `score`: ids (B, T) -> the trunk's logits (B, T, V).
+
+        With `score`: rows (B, T + n) -> what score(fns, inputs, weights, params) returns for the
+        first T positions. The cut is at the latents, whatever `cut` says: of the trunk, which is
+        read without a graph, nothing is kept.
+        """
+        if score is None:
+            return self.trunk.model(row)
+        n = self.n_future_tokens
+        h = self._read_whole(row[:, :-n])
+        rotation = self._rotation(torch.arange(h.shape[1], device=h.device))
+        first, memo = self.heads.next(h.to(next(self.parameters()).dtype), rotation, None, ())
+        rest = self.heads.rest(memo, rotation, None, (), n)
+        latents = [x.to(h.dtype) for x in (first, *rest)]
+        return score([lambda x: x] * n, latents, [self.output.weights[0].detach()], ())
+
+    @torch.no_grad()
+    def _read_whole(self, tokens: Tensor) -> Tensor:
+        """Ids (B, T) -> what the unembedding reads (B, T, D), as decoding reads a prompt."""
+        (rows, length), model = tokens.shape, self.trunk.model
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} tokens exceed max_seq_len={self.config.max_seq_len}")
+        cache = self._new_cache(self.next_layers, rows, length)
+        layout = chain(0, [0] * rows, length, length, self.embedding.weight)
+        return self.trunk.norm(model.read(tokens, layout, cache)[0])
+
+    def _rotation(self, positions: Tensor) -> Any:
+        return None if self.rotary is None else self.rotary(positions)
+
+    def _new_cache(self, layers: int, rows: int, slots: int) -> Any:
+        if self.rotary is not None and slots > len(self.rotary.table):
+            self.rotary.reserve(slots)
+        return self.trunk.model.new_cache(layers, rows, slots)
+
+    # Decoding: what `mtp.decode` asks of a target.
+
+    @property
+    def embedding(self) -> Any:
+        return self.trunk.model.embedding
+
+    @property
+    def output(self) -> Unembedding:
+        return self.trunk.output
+
+    @property
+    def next_layers(self) -> int:
+        return self.trunk.model.next_layers
+
+    @property
+    def rest_layers(self) -> int:
+        return self.heads.rest_layers
+
+    @property
+    def extra_heads(self) -> int:
+        return self.n_future_tokens - 1
+
+    @property
+    def memo_dim(self) -> int:
+        return self.output.weights[0].shape[1]
+
+    def packed(self) -> AttachedHeads:
+        """A copy for decoding on a CPU, see `mtp.packed`; itself where there is nothing to gain."""
+        model = self.trunk.model.packed()
+        if model is self.trunk.model:
+            return self
+        heads = with_packed_linears(self.heads)
+        return AttachedHeads(_packed_end(self.trunk, model), heads, self.kind, self.rotary)
+
+    def new_cache(self, layers: int, rows: int, slots: int) -> Any:
+        """ValueError if heads are not of the trunk's type, as they may be while they train."""
+        wanted = self.embedding.weight.dtype
+        if other := {p.dtype for p in self.parameters()} - {wanted}:
+            raise ValueError(f"the heads are {other.pop()}, decoding wants the trunk's {wanted}")
+        return self._new_cache(layers, rows, slots)
+
+    def read(self, tokens: Tensor, layout: Layout, cache: Any) -> tuple[Tensor, Tensor]:
+        latent, _ = self.trunk.model.read(tokens, layout, cache)
+        return latent, self.trunk.norm(latent)
+
+    def logits(self, latent: Tensor) -> Tensor:
+        return self.trunk.model.logits(latent)
+
+    def guess(self, memo: Tensor, layout: Layout, cache: Any, upto: int) -> list[Tensor]:
+        """memo (R, T, D) -> latents (R, T, D) of heads 2..upto."""
+        return self.heads.rest(memo, self._rotation(layout.positions), layout, cache.layers, upto)
+
+    def draft_logits(self, latents: Sequence[Tensor], matrices: Sequence[Matrix] = ()) -> Tensor:
+        """One latent (R, D) of each of heads 2, 3, ... -> their logits (R, K, V)."""
+        return project(torch.stack(list(latents), 1), (matrices or self.output.matrices)[0])
+
+
+def attach_heads(
+    model: Any, n: int, kind: str = "residual", generator: torch.Generator | None = None
+) -> AttachedHeads:
+    """Fresh heads 2..n for a `Transformer` (whatever heads it has) or a `CausalLM`, on its device
+    and in its type. For training, heads of a half-precision model want `.float()`; for decoding,
+    the model's own type again.
+
+    ValueError where the model's end is more than a matrix, or its attention has a shape that a
+    block cannot share a cache with.
+    """
+    if n < 2:
+        raise ValueError(f"n={n} must be at least 2: head 1 is the model itself")
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown: allowed are {', '.join(KINDS)}")
+    trunk, generator = _open(model), generator or torch.Generator().manual_seed(0)
+    weight = trunk.output.weights[0]
+    dim, rotary = weight.shape[1], None
+    heads = KINDS[kind](n, dim, lambda: Block(_block_config(model.config, dim)))
+    if heads.rest_layers:
+        rotary = Rotary(_block_config(model.config, dim))
+    _start(heads, generator)
+    return AttachedHeads(trunk, heads.to(weight), kind, rotary)
+
+
+def _open(model: Any) -> Trunk:
+    if isinstance(model, Transformer):
+        return Trunk(model, model.norm, model.output)
+    if type(model.head) is not nn.Linear or model.head.bias is not None:
+        raise ValueError(
+            f"{model.name} ends in {model.head}: heads can share a plain matrix without bias only"
+        )
+    vocab_size, dim = model.head.weight.shape
+    with torch.device("meta"):  # its matrix is there
+        output = Unembedding(ModelConfig(dim, 1, 1, n_future_tokens=1, vocab_size=vocab_size))
+    output.register_parameter("0", model.head.weight)
+    return Trunk(model, nn.Identity(), output)
+
+
+def _packed_end(trunk: Trunk, packed: Any) -> Trunk:
+    if isinstance(packed, Transformer):
+        return _open(packed)
+    output = copy.copy(trunk.output)
+    output.packed = [packed.head]
+    return Trunk(packed, trunk.norm, output)
+
+
+def _block_config(sizes: Sizes, dim: int) -> ModelConfig:
+    """Keys and values as wide as the trunk's, so that its kind of cache serves both."""
+    if dim % sizes.head_dim or (dim // sizes.head_dim) % sizes.kv_heads:
+        raise ValueError(
+            f"kind: no block of width {dim} has {sizes.kv_heads} key heads of "
+            f"{sizes.head_dim} each, as the trunk has: use residual"
+        )
+    return ModelConfig(
+        dim=dim,
+        n_layers=1,
+        n_heads=dim // sizes.head_dim,
+        n_kv_heads=sizes.kv_heads,
+        n_future_tokens=1,
+        vocab_size=sizes.vocab_size,
+        max_seq_len=sizes.max_seq_len,
+    )
+
+
+@torch.no_grad()
+def _start(heads: nn.Module, generator: torch.Generator) -> None:
+    """Normal with std width^-1/2; zero where a map writes to the residual stream."""
+    for name, module in heads.named_modules():
+        if getattr(module, "starts_at_zero", False) or name.endswith((".wo", ".w2")):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+
+
+def save_heads(model: AttachedHeads, folder: str | Path) -> Path:
+    """Write the heads alone, with what tells their trunk from others: `heads.json` and
+    `heads.safetensors`, both or neither. FileExistsError, OSError: see `mtp.checkpoint.save`.
+    """
+    folder = Path(folder)
+    weights = {name: t.contiguous() for name, t in model.heads.state_dict().items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "kind": model.kind,
+        "n_future_tokens": model.n_future_tokens,
+        "trunk": describe(model.trunk),
+    }
+    with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
+        _write_weights(weights, temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def load_heads(model: Any, folder: str | Path, realign: bool = False) -> AttachedHeads:
+    """The heads of a folder on their trunk, as `attach_heads` takes it, in its type.
+
+    realign: the trunk was trained further since, and the heads are to learn to follow it. Without
+    it another trunk is refused. ValueError names file and key of what does not fit.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    fresh = attach_heads(model, config["n_future_tokens"], config["kind"])
+    found, wanted = describe(fresh.trunk), config["trunk"]
+    differs = [key for key in found if found[key] != wanted.get(key)]
+    if differs and not (realign and differs == ["fingerprint"]):
+        raise ValueError(
+            f"{folder / CONFIG}: the heads belong to another trunk: "
+            + ", ".join(f"{key}={wanted.get(key)!r}, here {found[key]!r}" for key in differs)
+        )
+    _fill(fresh.heads, folder / WEIGHTS)
+    return fresh
+
+
+def describe(trunk: Trunk) -> dict[str, Any]:
+    """What tells a trunk from others, in whatever type it is loaded: a hash of some numbers of
+    every parameter, rounded to bfloat16.
+    """
+    module = trunk.model if isinstance(trunk.model, nn.Module) else trunk.model.model
+    digest = hashlib.sha256()
+    for p in module.parameters():
+        some = p.detach().flatten()[:: max(1, p.numel() // SAMPLED)].cpu()
+        digest.update(some.bfloat16().view(torch.int16).numpy().tobytes())
+    vocab_size, dim = trunk.output.weights[0].shape
+    return {
+        "architecture": type(module).__name__,
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "fingerprint": digest.hexdigest()[:16],
+    }
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: the folder holds no heads")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        version, _ = config["format_version"], {**config["trunk"]}
+        int(config["n_future_tokens"]), str(config["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file} has format version {version}; this release reads 1")
+    return config
+
+
+def _write_weights(weights: dict[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # its way of saying that the disk is full
+        raise OSError(str(error)) from error
+
+
+def _fill(heads: nn.Module, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        heads.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:  # damaged; missing, surplus or misshapen
+        raise ValueError(f"{file} does not fit {CONFIG}: {error}") from error
