@@ -36,6 +36,7 @@ from mtp.interop.attach import (  # noqa: E402
     attach_heads,
     load_heads,
     save_heads,
+    save_medusa,
 )
 from mtp.interop.huggingface import CausalLM  # noqa: E402
 from mtp.loss import MultiTokenLoss, future_targets, plain_batch  # noqa: E402
@@ -250,7 +251,7 @@ def test_heads_of_a_half_precision_trunk_learn_in_full_precision(kind):
 
 
 @pytest.mark.parametrize("trunk", ["ours", "llama"])
-def test_a_packed_copy_writes_the_same_text(trunk):
+def test_a_packed_copy_writes_the_same_text(trunk, tmp_path):
     """In fp32: there is no packed fp64."""
     base = TRUNKS[trunk]()
     base = base.float() if trunk == "ours" else base
@@ -262,6 +263,8 @@ def test_a_packed_copy_writes_the_same_text(trunk):
         assert texts(generate(packed, requests, OwnHeads(), batch_size=3)) == truth
         some = OwnHeads(vocabulary=FEW)
         assert texts(generate(packed, requests, some, batch_size=3)) == truth
+        with pytest.raises(ValueError, match="packed copy only decodes"):
+            save_heads(packed, tmp_path / "heads")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -342,3 +345,53 @@ def test_what_cannot_be_attached_is_refused_by_name():
         attach_heads(CausalLM(biased), 2)
     with pytest.raises(ValueError, match="exceed max_seq_len=64"):
         attach_heads(base, 2)(torch.zeros(1, 70).long(), score=print)
+
+
+def read_medusa(folder, hidden):
+    """Logits (heads, ..., V) as the layout's definition has them: each block adds SiLU of its
+    layers, all share lm_head, and token_map says which ids its rows stand for.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    assert config["model_type"] == "medusa" and config["architectures"] == ["MedusaModel"]
+    assert config["original_lm_head"] and not config["medusa_fc_bias"]
+    # Its reader takes any key with these two words for the number of heads.
+    assert [key for key in config if "num" in key and "heads" in key] == ["num_heads"]
+    lm_head = weights.pop("lm_head.weight")
+    ids = weights.pop("token_map", torch.arange(config["vocab_size"]))
+    assert lm_head.shape == (config["truncated_vocab_size"], config["hidden_size"])
+    logits = torch.full((config["num_heads"], *hidden.shape[:-1], config["vocab_size"]), -torch.inf)
+    for i in range(config["num_heads"]):
+        x = hidden
+        for layer in range(config["num_hidden_layers"]):
+            x = x + F.silu(x @ weights.pop(f"blocks.{i}.layers.{layer}.weight").T)
+        logits[i][..., ids] = x @ lm_head.T
+    assert not weights
+    return logits
+
+
+@pytest.mark.parametrize("vocabulary", [None, FEW])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_medusa_heads_guess_the_same_elsewhere(family, vocabulary, tmp_path):
+    model = attached(family, "residual")
+    folder = save_medusa(model, tmp_path / "medusa", vocabulary)
+    prompt = [1, 5, 2, 7, 3]
+    hidden = module_of(model).base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
+    best = read_medusa(folder, hidden).argmax(-1)
+    state = []
+
+    class Watched(OwnHeads):
+        def propose(self, *words):
+            state.append(super().propose(*words))
+            return state[-1]
+
+    generate(model, [Request(prompt, 2 * N)], Watched(vocabulary=vocabulary))
+    assert state[0].tokens[0].tolist() == best.tolist()
+
+
+def test_medusa_has_heads_of_one_kind(tmp_path):
+    with pytest.raises(ValueError, match="kind='causal' is no Medusa head: allowed is residual"):
+        save_medusa(attached("llama", "causal"), tmp_path / "medusa")
+    with pytest.raises(ValueError, match="vocabulary has token ids outside"):
+        save_medusa(attached("llama", "residual"), tmp_path / "medusa", [VOCAB])
+    assert not (tmp_path / "medusa").exists()
