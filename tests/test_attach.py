@@ -1,6 +1,7 @@
 """Heads that are attached to a finished model learn alone, draft, and leave its text as it was."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -25,10 +26,12 @@ from test_decode import (  # noqa: E402
 )
 from test_interop import tiny_of  # noqa: E402
 from torch import nn  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from mtp.decode.contract import Request  # noqa: E402
 from mtp.decode.drafters import OwnHeads  # noqa: E402
 from mtp.decode.loop import generate  # noqa: E402
+from mtp.documents import DataConfig  # noqa: E402
 from mtp.interop.attach import (  # noqa: E402
     CONFIG,
     KINDS,
@@ -39,6 +42,7 @@ from mtp.interop.attach import (  # noqa: E402
     save_medusa,
 )
 from mtp.interop.huggingface import CausalLM  # noqa: E402
+from mtp.interop.tokenizer import HuggingFaceTokenizer  # noqa: E402
 from mtp.loss import MultiTokenLoss, future_targets, plain_batch  # noqa: E402
 from mtp.optim import OptimConfig, Optimizer  # noqa: E402
 from mtp.train import TrainConfig, train, validate  # noqa: E402
@@ -395,3 +399,49 @@ def test_medusa_has_heads_of_one_kind(tmp_path):
     with pytest.raises(ValueError, match="vocabulary has token ids outside"):
         save_medusa(attached("llama", "residual"), tmp_path / "medusa", [VOCAB])
     assert not (tmp_path / "medusa").exists()
+
+
+def small_folder(folder):
+    """A byte-level tokenizer and a random Llama of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"]
+    theirs = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=theirs, eos_token="<end>").save_pretrained(folder)
+    tiny_of("llama", vocab_size=len(pieces), spread=0.1).save_pretrained(folder)
+    return folder
+
+
+def test_the_command_trains_heads_for_a_folder(tmp_path, capsys):
+    pytest.importorskip("hydra")
+    from scripts.attach import AttachConfig, attach, open_model
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(8):
+        (texts / f"{i}.txt").write_text("abcdefgh" * 30 + str(i))
+    model, out = str(small_folder(tmp_path / "model")), str(tmp_path / "heads")
+    data = DataConfig("folder", str(texts), "*.txt", holdout=["7.txt"], seq_len=16)
+    config = AttachConfig(model, out, 3, data=data, train=settings(30, lr=0.05))
+    attach(config)
+    assert f"written: {out}" in capsys.readouterr().out
+    trunk = CausalLM(AutoModelForCausalLM.from_pretrained(model))
+    heads = load_heads(trunk, out)
+    assert heads.n_future_tokens == 3 and all(p.any() for p in heads.parameters())
+    with pytest.raises(ValueError, match="exists already"):
+        attach(config)
+    again = open_model(replace(config, heads=out))
+    assert torch.equal(next(again.parameters()), next(heads.parameters()))
+
+
+def test_a_tokenizer_of_theirs_reads_and_writes_text(tmp_path):
+    tokenizer = HuggingFaceTokenizer(small_folder(tmp_path / "model"))
+    text = "def f(x):\n    return 'z\u00fc\u20ac'  # \t"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([*ids, tokenizer.end_id, tokenizer.vocab_size]) == text
+    assert tokenizer.end_id not in ids and max(ids) < tokenizer.vocab_size
+    tokenizer.save(tmp_path / "copy")
+    assert HuggingFaceTokenizer(tmp_path / "copy").fingerprint == tokenizer.fingerprint

@@ -20,6 +20,7 @@ hydra = pytest.importorskip("hydra")
 from hydra.errors import ConfigCompositionException  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+from scripts.attach import AttachConfig  # noqa: E402
 from scripts.cli import register  # noqa: E402
 from scripts.convert import FORMATS, ConvertConfig  # noqa: E402
 from scripts.gather import GatherConfig  # noqa: E402
@@ -31,6 +32,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
     "train": RunConfig,
     "convert": ConvertConfig,
+    "attach": AttachConfig,
     "gather": GatherConfig,
     "generate": GenerateConfig,
     "prepare_data": PrepareConfig,
@@ -38,6 +40,7 @@ SCHEMAS = {
 }
 NEEDED = {  # what a command or file leaves to the user
     "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
+    "attach": ["model=x", "out=y"],
     "gather": ["checkpoint=x", "out=y"],
     "generate": ["checkpoint=x", "prompt=a"],
     "prepare_data": ["out=x"],
@@ -45,6 +48,7 @@ NEEDED = {  # what a command or file leaves to the user
     "data=shards": ["data.path=x"],
     "data=code": ["data.benchmarks=[]"],
 }
+STREAM = DataConfig("datasets", "x", val_split="x", streaming=True)
 # Gloeckle et al. 2024, table S14: the small models' names leave out the embeddings.
 NON_EMBEDDING = ("1m", "3m", "10m", "30m", "100m", "300m", "1b")
 TOTAL = ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b")
@@ -197,6 +201,9 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
                 ({"out": str(CONFIGS)}, f"out='{CONFIGS}': exists already"),
             )
         ),
+        (AttachConfig, {"kind": "linear"}, "kind='linear' is unknown: allowed are residual, tran"),
+        (AttachConfig, {"data": DataConfig(tokenizer="x")}, "data.tokenizer=x: the model brings"),
+        (AttachConfig, {"data": STREAM}, "data.streaming=true: heads are trained on a corpus"),
         (TokenizerConfig, {"out": str(CONFIGS)}, f"out='{CONFIGS}': give a .model file"),
     ],
 )

@@ -37,7 +37,7 @@ SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
     *("mtp.evaluate.samples", "mtp.interop.attach", "mtp.interop.huggingface"),
-    *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub"),
+    *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub", "mtp.interop.tokenizer"),
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
