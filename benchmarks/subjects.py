@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,22 +68,25 @@ def digest(folder: Path) -> str:
 
 def _of_transformers(where: str, folder: Path, chat: bool) -> Subject:
     try:
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
+
+        from mtp.interop.tokenizer import HuggingFaceTokenizer
     except ImportError as error:
         raise ImportError(f"{where} needs, in a checkout: pip install '.[hf]'") from error
     try:
-        theirs = AutoTokenizer.from_pretrained(folder)
+        tokenizer = HuggingFaceTokenizer(folder, special=not chat)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{where} holds no tokenizer that can be read: {error}") from error
-    if chat and not theirs.chat_template:
+    if chat and not tokenizer.theirs.chat_template:
         raise ValueError(f"{where} has no chat template: it cannot be asked in this form")
     written = folder / "generation_config.json"
     end = GenerationConfig.from_pretrained(folder).eos_token_id if written.is_file() else None
-    found = [*(end if isinstance(end, list) else [end]), theirs.eos_token_id]
+    found = [*(end if isinstance(end, list) else [end]), tokenizer.end_id]
     ends = tuple(dict.fromkeys(i for i in found if i is not None))
-    tokenizer = TheirTokenizer(theirs, ends[0] if ends else -1, special=not chat)
     load = partial(_load_theirs, folder)
-    return Subject(where, digest(folder), False, tokenizer, ends, partial(_ask, theirs), load)
+    return Subject(
+        where, digest(folder), False, tokenizer, ends, partial(_ask, tokenizer.theirs), load
+    )
 
 
 def _ask(theirs: Any, question: str) -> str:
@@ -98,27 +101,3 @@ def _load_theirs(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return CausalLM(model.to(device)).packed()
-
-
-class TheirTokenizer:
-    """A tokenizer of transformers in our words. special: put before a text what the model's texts
-    begin with; a chat template has written it already.
-    """
-
-    def __init__(self, theirs: Any, end_id: int, special: bool) -> None:
-        self.theirs, self.end_id, self.special = theirs, end_id, special
-        self.vocab_size = len(theirs)
-        said = theirs.backend_tokenizer.to_str() + str(special)
-        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()[:16]
-
-    def encode(self, text: str) -> list[int]:
-        return self.theirs.encode(text, add_special_tokens=self.special)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """As the ids say: the usual cleaning takes spaces before commas."""
-        return self.theirs.decode(
-            [*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-    def save(self, folder: Path) -> None:
-        self.theirs.save_pretrained(folder)

@@ -9,29 +9,33 @@ from pathlib import Path
 
 class HuggingFaceTokenizer:
     """Its end-of-sentence token ends documents. ValueError where it has none, or is not of the
-    `tokenizers` library, whose file says all that it does.
+    `tokenizers` library, whose file says all that it does. special: `encode` puts before a text
+    what the model's texts begin with; in documents and chat templates it is not wanted.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, special: bool = False) -> None:
         from transformers import AutoTokenizer
 
-        self._theirs = AutoTokenizer.from_pretrained(folder)
-        if not self._theirs.is_fast:
+        self.theirs, self.special = AutoTokenizer.from_pretrained(folder), special
+        if not self.theirs.is_fast:
             raise ValueError(f"{folder}: its tokenizer has no tokenizer.json")
-        if self._theirs.eos_token_id is None:
+        if self.theirs.eos_token_id is None:
             raise ValueError(f"{folder}: its tokenizer has no eos_token to end documents")
-        self.end_id: int = self._theirs.eos_token_id
-        self.vocab_size: int = len(self._theirs)
-        written = self._theirs.backend_tokenizer.to_str()
+        self.end_id: int = self.theirs.eos_token_id
+        self.vocab_size: int = len(self.theirs)
+        written = self.theirs.backend_tokenizer.to_str() + "special" * special
         self.fingerprint = hashlib.sha256(written.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        return self._theirs.encode(text, add_special_tokens=False)
+        return self.theirs.encode(text, add_special_tokens=self.special)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """As the ids say: the usual cleaning takes spaces before commas."""
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        return self._theirs.decode(kept, skip_special_tokens=True)
+        return self.theirs.decode(
+            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder, which this class reads."""
-        self._theirs.save_pretrained(folder)
+        self.theirs.save_pretrained(folder)
