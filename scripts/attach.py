@@ -1,10 +1,10 @@
 """Train heads for a causal LM of transformers, which stays as it is:
 
-python scripts/attach.py model=FOLDER out=runs/heads data=stdlib train.steps=500
+python scripts/attach.py trunk=FOLDER out=runs/heads data=stdlib train.steps=500
 
-`model` is a Hugging Face folder with weights and tokenizer; `mtp.interop.attach.load_heads` opens
+`trunk` is a Hugging Face folder with weights and tokenizer; `mtp.interop.attach.load_heads` opens
 `out` beside it. A signal that ends a run saves it too. heads=FOLDER starts from saved heads, also
-where the model was trained further since. `--cfg job` prints every key.
+where the trunk was trained further since. `--cfg job` prints every key.
 """
 
 import logging
@@ -32,27 +32,27 @@ log = logging.getLogger("mtp")
 
 @dataclass
 class AttachConfig:
-    """data.tokenizer is the model's own, and stays unsaid."""
+    """data.tokenizer is the trunk's own, and stays unsaid."""
 
-    model: str = MISSING  # a folder
+    trunk: str = MISSING  # a folder
     out: str = MISSING  # a new folder
     n: int = 4  # tokens predicted at once, the model's own included
     kind: str = "residual"  # transformer, causal
     heads: str | None = None  # go on from these, whatever n and kind say
-    model_precision: str = "float32"  # of the model's weights; heads learn in float32
+    trunk_precision: str = "float32"  # of its weights; heads learn in float32
     device: str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        choices: dict[str, Any] = {"kind": KINDS, "model_precision": PRECISIONS}
+        choices: dict[str, Any] = {"kind": KINDS, "trunk_precision": PRECISIONS}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(
                     f"{key}={getattr(self, key)!r} is unknown: allowed are {', '.join(allowed)}"
                 )
         if self.data.tokenizer != DataConfig.tokenizer:
-            raise ValueError(f"data.tokenizer={self.data.tokenizer}: the model brings its own")
+            raise ValueError(f"data.tokenizer={self.data.tokenizer}: the trunk brings its own")
         if self.data.streaming:
             raise ValueError("data.streaming=true: heads are trained on a corpus")
 
@@ -60,8 +60,8 @@ class AttachConfig:
 def open_model(config: AttachConfig) -> AttachedHeads:
     from transformers import AutoModelForCausalLM
 
-    dtype = PRECISIONS[config.model_precision]
-    theirs = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    dtype = PRECISIONS[config.trunk_precision]
+    theirs = AutoModelForCausalLM.from_pretrained(config.trunk, dtype=dtype)
     trunk = CausalLM(theirs.to(find_device(config.device)))
     if config.heads is not None:
         return load_heads(trunk, config.heads, realign=True)
@@ -70,16 +70,16 @@ def open_model(config: AttachConfig) -> AttachedHeads:
 
 
 def attach(config: AttachConfig) -> None:
-    if not Path(config.model).is_dir():
-        raise ValueError(f"model={config.model} is no folder")
+    if not Path(config.trunk).is_dir():
+        raise ValueError(f"trunk={config.trunk} is no folder")
     if os.path.exists(config.out):
         raise ValueError(f"out={config.out} exists already: choose another folder")
-    tokenizer, data = HuggingFaceTokenizer(config.model), config.data
+    tokenizer, data = HuggingFaceTokenizer(config.trunk), config.data
     model = open_model(config).float()
     n, limits = model.n_future_tokens, model.config
     if tokenizer.vocab_size > limits.vocab_size:
         raise ValueError(
-            f"model={config.model}: its tokenizer has {tokenizer.vocab_size} tokens, the model's "
+            f"trunk={config.trunk}: its tokenizer has {tokenizer.vocab_size} tokens, the model's "
             f"vocab_size is {limits.vocab_size}"
         )
     if not n <= data.seq_len <= limits.max_seq_len:

@@ -40,7 +40,7 @@ SCHEMAS = {
 }
 NEEDED = {  # what a command or file leaves to the user
     "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
-    "attach": ["model=x", "out=y"],
+    "attach": ["trunk=x", "out=y"],
     "gather": ["checkpoint=x", "out=y"],
     "generate": ["checkpoint=x", "prompt=a"],
     "prepare_data": ["out=x"],
@@ -202,7 +202,7 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
             )
         ),
         (AttachConfig, {"kind": "linear"}, "kind='linear' is unknown: allowed are residual, tran"),
-        (AttachConfig, {"data": DataConfig(tokenizer="x")}, "data.tokenizer=x: the model brings"),
+        (AttachConfig, {"data": DataConfig(tokenizer="x")}, "data.tokenizer=x: the trunk brings"),
         (AttachConfig, {"data": STREAM}, "data.streaming=true: heads are trained on a corpus"),
         (TokenizerConfig, {"out": str(CONFIGS)}, f"out='{CONFIGS}': give a .model file"),
     ],
