@@ -43,6 +43,7 @@ from mtp.tokenizer import Tokenizer
 log = logging.getLogger("mtp")
 FORMAT_VERSION = 1
 _CONFIG, _TRAINING = "config.json", "training.json"
+PYTORCH = {"format": "pt"}  # metadata that transformers looks for in weights
 _MODEL, _OPTIMIZER = "model", "optimizer"  # .safetensors, or .shards/
 
 
@@ -132,9 +133,6 @@ def _reserve(folder: Path, needed: int) -> Path:
 
 
 def _write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor], sharded: bool) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if sharded:
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
         from torch.distributed.checkpoint import save as save_shards
@@ -147,8 +145,18 @@ def _write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor], shard
             cause, _ = next(iter(error.failures.values()))  # of one rank; the others are alike
             raise OSError(str(cause)) from error
         return
+    write_tensors(tensors, folder / f"{part}.safetensors")
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """One safetensors file. OSError where the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{part}.safetensors")
+        save_file({k: t.contiguous() for k, t in tensors.items()}, file, metadata)
     except SafetensorError as error:  # its way of saying that the disk is full
         raise OSError(str(error)) from error
 

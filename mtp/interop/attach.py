@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtp.checkpoint import whole
+from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.decode.contract import Layout, Sizes, chain
 from mtp.decode.drafters import OwnHeads
 from mtp.heads import HEADS, CausalHeads, Heads, IdentityHead, ParallelHeads
@@ -259,7 +259,7 @@ def save_heads(model: AttachedHeads, folder: str | Path) -> Path:
         "trunk": describe(model.trunk),
     }
     with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
-        _write_weights(weights, temporary / WEIGHTS)
+        write_tensors(weights, temporary / WEIGHTS, PYTORCH)
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return folder
 
@@ -325,7 +325,7 @@ def save_medusa(
         "torch_dtype": str(matrix.dtype).removeprefix("torch."),
     }
     with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
-        _write_weights(weights, temporary / "model.safetensors")
+        write_tensors(weights, temporary / "model.safetensors", PYTORCH)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
@@ -360,16 +360,6 @@ def _read_config(file: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(f"{file} has format version {version}; this release reads 1")
     return config
-
-
-def _write_weights(weights: dict[str, Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(weights, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # its way of saying that the disk is full
-        raise OSError(str(error)) from error
 
 
 def _fill(heads: nn.Module, file: Path) -> None:

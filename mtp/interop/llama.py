@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp.checkpoint import whole
+from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.heads import HEADS
 from mtp.model import Block, ModelConfig, Transformer
 
@@ -189,21 +189,11 @@ def save_llama(model: Transformer, folder: str | Path, like: str | Path | None =
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
     with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
-        _write_weights(weights, temporary / WEIGHTS)
+        write_tensors(weights, temporary / WEIGHTS, PYTORCH)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in beside:
             shutil.copyfile(file, temporary / file.name)
     return folder
-
-
-def _write_weights(weights: dict[str, Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(weights, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # its way of saying that the disk is full
-        raise OSError(str(error)) from error
 
 
 def _special_ids(like: Path, vocab_size: int) -> dict[str, Any]:
