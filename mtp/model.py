@@ -242,15 +242,18 @@ class Block(nn.Module):
         mask = None if layout is None else layout.mask
         if layout is not None and layer is not None:
             k, v = layer.write(layout, k, v)
+        # One query's heads that share a key are rows of one product, not products of one row each.
+        one = T == 1
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
+            q.view(B, G, H // G, self.head_dim) if one else q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            enable_gqa=G < H,
+            is_causal=mask is None and not one,
+            enable_gqa=G < H and not one,
         )
-        x = x + self.wo(y.transpose(1, 2).flatten(2))
+        y = y.reshape(B, 1, -1) if one else y.transpose(1, 2).flatten(2)
+        x = x + self.wo(y)
         gate, up = self.w13(self.ffn_norm(x)).chunk(2, -1)
         return x + self.w2(F.silu(gate) * up)
 
