@@ -40,7 +40,8 @@ USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub", "mtp.interop.tokenizer"),
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
-ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
+# each may import those before it
+ORDERED = ["mtp.trajectories", "mtp.train", "mtp.hooks", "mtp.run"]
 
 
 def name_of(file):

@@ -70,7 +70,7 @@ def generate(
     return decoding.completions
 
 
-def _check(model: Any, i: int, request: Request) -> None:
+def check_request(model: Any, i: int, request: Request) -> None:
     prompt, new = request.prompt, request.max_new_tokens
     if len(prompt) < 1:
         raise ValueError(
@@ -116,7 +116,7 @@ class Decoding:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         for i, request in enumerate(requests):
-            _check(model, i, request)
+            check_request(model, i, request)
         self.model, self.requests, rows = model, requests, min(batch_size, len(requests))
         self.drafter = drafter = drafter or NoDraft()
         self.rule: Rule = RULES[rule](sampling or Sampling())
@@ -131,7 +131,7 @@ class Decoding:
         # Drafts may reach past the end of the longest text.
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=0)
         self.slots = longest + 1 + drafter.nodes
-        _require_memory(model, rows, self.slots, drafter.needs_memo)
+        require_memory(model, rows, self.slots, drafter.needs_memo)
         drafter.begin(rows, self.slots)
         self.cache = model.new_cache(model.next_layers, rows, self.slots)
         device = self.cache.k.device
@@ -348,7 +348,7 @@ class Decoding:
                 return
 
 
-def _require_memory(model: Any, rows: int, slots: int, memo: bool) -> None:
+def require_memory(model: Any, rows: int, slots: int, memo: bool) -> None:
     """Say that caches do not fit before they are allocated."""
     needed, free = (
         cache_bytes(model, rows, slots, memo),
