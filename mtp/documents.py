@@ -112,6 +112,13 @@ def _text(config: DataConfig) -> Iterator[Document]:
         yield Document(((_decode(file.read_bytes(), file), True),), name)
 
 
+def _lines(config: DataConfig) -> Iterator[Document]:
+    for file in _files(config, "*.txt"):
+        for line in _decode(file.read_bytes(), file).split("\n"):
+            if line.strip():
+                yield Document(((line, True),), file.name)
+
+
 def _stdlib(config: DataConfig) -> Iterator[Document]:
     """The Python standard library's own source, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -192,6 +199,7 @@ def _shards(config: DataConfig) -> Iterator[Document]:
 SOURCES: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
     "text": _text,
     "folder": _text,
+    "lines": _lines,
     "stdlib": _stdlib,
     "code": _code,
     "jsonl": _jsonl,
@@ -287,6 +295,16 @@ def _string(record: Any, key: str | None, where: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: {key!r}: {error}") from error
     return value
+
+
+def prompt_of(document: Document) -> str:
+    """What a model is to go on with: all before the last answer; a chat that waits for one, up to
+    where it begins; plain text as a whole.
+    """
+    *before, (last, is_target) = document.segments
+    if not is_target:
+        return document.text + "<|assistant|>\n"
+    return "".join(text for text, _ in before) or last
 
 
 # Documents of the two parts.

@@ -69,11 +69,11 @@ class Collection:
             if value < 1:
                 raise ValueError(f"{key}={value} must be at least 1")
         for i, request in enumerate(requests):
-            check_request(model, i, replace(request, max_new_tokens=_whole(request, window)))
+            check_request(model, i, replace(request, max_new_tokens=whole_windows(request, window)))
         self.model, self.requests, self.window = model, requests, window
         self.sampling = sampling or Sampling()
         rows = min(batch_size, len(requests))
-        self.slots = max((len(r.prompt) + _whole(r, window) for r in requests), default=1)
+        self.slots = max((len(r.prompt) + whole_windows(r, window) for r in requests), default=1)
         require_memory(model, rows, self.slots, False)
         self.cache = model.new_cache(model.next_layers, rows, self.slots)
         self.most, self.rows = rows, list[_Row]()
@@ -138,8 +138,8 @@ class Collection:
         return torch.tensor(ids, device=self.cache.k.device)
 
 
-def _whole(request: Request, window: int) -> int:
-    """Most new tokens of a request, as whole windows."""
+def whole_windows(request: Request, window: int) -> int:
+    """Most tokens that the windows of a request hold."""
     return -(-request.max_new_tokens // window) * window
 
 

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from scripts.attach import AttachConfig  # noqa: E402
 from scripts.cli import register  # noqa: E402
+from scripts.collect_trajectories import CollectConfig  # noqa: E402
 from scripts.convert import FORMATS, ConvertConfig  # noqa: E402
 from scripts.gather import GatherConfig  # noqa: E402
 from scripts.generate import GenerateConfig  # noqa: E402
@@ -34,6 +35,7 @@ SCHEMAS = {
     "convert": ConvertConfig,
     "attach": AttachConfig,
     "gather": GatherConfig,
+    "collect_trajectories": CollectConfig,
     "generate": GenerateConfig,
     "prepare_data": PrepareConfig,
     "train_tokenizer": TokenizerConfig,
@@ -42,6 +44,7 @@ NEEDED = {  # what a command or file leaves to the user
     "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
     "attach": ["trunk=x", "out=y"],
     "gather": ["checkpoint=x", "out=y"],
+    "collect_trajectories": ["checkpoint=x", "out=y"],
     "generate": ["checkpoint=x", "prompt=a"],
     "prepare_data": ["out=x"],
     "train_tokenizer": ["out=x.model"],

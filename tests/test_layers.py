@@ -21,7 +21,7 @@ LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.overlap"),
     *("mtp.packages", "mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract"),
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
-    "mtp.evaluate.scores",
+    *("mtp.evaluate.scores", "mtp.trajectory_filters"),
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},
@@ -41,7 +41,10 @@ USERS = {  # of models, drafters, the loop, checkpoints
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
 # each may import those before it
-ORDERED = ["mtp.trajectories", "mtp.train", "mtp.hooks", "mtp.run"]
+ORDERED = [
+    *("mtp.trajectories", "mtp.trajectory_files", "mtp.trajectory_measures"),
+    *("mtp.train", "mtp.hooks", "mtp.run"),
+]
 
 
 def name_of(file):

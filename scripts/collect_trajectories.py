@@ -1,0 +1,127 @@
+"""Collect Jacobi trajectories for consistency training:
+
+python scripts/collect_trajectories.py checkpoint=runs/demo out=runs/trajectories \\
+    data.source=jsonl data.path=questions.jsonl
+
+`checkpoint` is a run, a checkpoint or a Hugging Face folder. Prompts are records with messages, a
+prompt and a completion (which is not looked at), or `data.text_key`; lines of a file with
+data.source=lines; or the first `prompt_tokens` tokens of each document of a corpus. A command that
+was stopped goes on where it was when it is given again. `--cfg job` prints every key.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+import mtp
+from benchmarks.subjects import Subject, subject
+from mtp.documents import DataConfig, iter_documents, prompt_of
+from mtp.run import find_device
+from mtp.tokenizer import Tokenizer
+from mtp.train import PRECISIONS
+from mtp.trajectory_files import Origin, collect_shards
+from mtp.trajectory_filters import FilterConfig
+from scripts.cli import launch
+
+
+@dataclass
+class CollectConfig:
+    """data.tokenizer is the model's own, and stays unsaid."""
+
+    checkpoint: str = MISSING
+    out: str = MISSING  # a folder
+    data: DataConfig = field(default_factory=DataConfig)
+    held_out: bool = False  # prompts of the part that is held out, to measure on
+    limit: int | None = None  # how many prompts at most
+    prompt_tokens: int | None = None  # how much of each prompt is read at most; null: all of it
+    window: int = 16
+    max_new_tokens: int = 256
+    seed: int = 0
+    batch_size: int = 8
+    shard_size: int = 256  # responses
+    precision: str = "float32"
+    device: str = "auto"
+    sampling: mtp.Sampling = field(default_factory=mtp.Sampling)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self) -> None:
+        counts = ("window", "max_new_tokens", "batch_size", "shard_size", "limit", "prompt_tokens")
+        for key in counts:
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}={value} must be at least 1")
+        if self.precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
+            raise ValueError(f"precision={self.precision!r}: allowed are {allowed}")
+        if self.data.tokenizer != DataConfig.tokenizer:
+            raise ValueError(f"data.tokenizer={self.data.tokenizer}: the model brings its own")
+
+
+def _prompts(config: CollectConfig, tokenizer: Tokenizer) -> list[list[int]]:
+    documents = islice(iter_documents(config.data, config.held_out), config.limit)
+    return [tokenizer.encode(prompt_of(d))[: config.prompt_tokens] for d in documents]
+
+
+def _origin(config: CollectConfig, model: Subject, prompts: list[list[int]]) -> Origin:
+    settings: dict[str, Any] = {
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
+        "ends": list(model.ends),
+        **{key: getattr(config, key) for key in ("max_new_tokens", "seed", "shard_size")},
+        "precision": config.precision,
+        "sampling": asdict(config.sampling),
+        "filters": asdict(config.filters),
+    }
+    return Origin(model.tokenizer.fingerprint, model.hash, config.window, settings)
+
+
+def _progress(every: float = 2.0) -> Callable[[int, int], None]:
+    started = told = time.monotonic()
+    first: int | None = None  # of this command, which may go on with another's
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told, first
+        now, first = time.monotonic(), done - 1 if first is None else first
+        if now - told >= every or done == total:
+            told, left = now, int((now - started) / (done - first) * (total - done))
+            said = f"{done}/{total} responses  {left // 60}:{left % 60:02d} left"
+            print(said, file=sys.stderr)
+
+    return tell
+
+
+def collect(config: CollectConfig) -> None:
+    found = subject(config.checkpoint)
+    prompts, stop = _prompts(config, found.tokenizer), mtp.stop_at(*found.ends)
+    report = collect_shards(
+        Path(config.out),
+        found.load(find_device(config.device), PRECISIONS[config.precision]),
+        [
+            mtp.Request(ids, config.max_new_tokens, config.seed + i, stop)
+            for i, ids in enumerate(prompts)
+        ],
+        _origin(config, found, prompts),
+        found.tokenizer,
+        config.filters,
+        batch_size=config.batch_size,
+        sampling=config.sampling,
+        shard_size=config.shard_size,
+        tell=_progress(),
+    )
+    print(
+        f"written: {config.out}, {report.kept} of {report.responses} responses kept; dropped: "
+        f"{report.dropped or 'none'}, prompts skipped: {report.skipped or 'none'}; "
+        f"{report.tokens} tokens in {report.passes} passes, {report.seconds:.1f} s",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    launch("collect_trajectories", CollectConfig, collect)
