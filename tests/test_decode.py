@@ -30,6 +30,7 @@ from mtp.decode.contract import (
 )
 from mtp.decode.depth import AdaptiveDepth
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup, best_tree, make_drafter
+from mtp.decode.jacobi import Jacobi
 from mtp.decode.loop import Decoding, generate
 from mtp.decode.sampling import RULES, TARGET, Sampling
 from mtp.testing import assert_law, law_of_texts
@@ -225,6 +226,12 @@ DRAFTERS = {  # name -> (requests, their true texts) -> drafter
     "skipping model": lambda requests, truth: Skipping(DraftModel(another())),
     "lookup": lambda requests, truth: PromptLookup(),
     "skipping lookup": lambda requests, truth: Skipping(PromptLookup(4)),
+    "jacobi": lambda requests, truth: Jacobi(),
+    "small jacobi": lambda requests, truth: Jacobi(2),
+    "jacobi with pool": lambda requests, truth: Jacobi(6, pool=3),
+    "jacobi with heads": lambda requests, truth: Jacobi(6, first=OwnHeads()),
+    "jacobi with all": lambda requests, truth: Jacobi(6, pool=2, first=PromptLookup(3)),
+    "skipping jacobi": lambda requests, truth: Skipping(Jacobi(5, pool=2)),
     "forest": lambda requests, truth: Forest(requests, truth),
     "oracle": lambda requests, truth: Oracle(requests, truth, 5),
     "hopeless": lambda requests, truth: Oracle(requests, truth, 3, wrong),

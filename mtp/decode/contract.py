@@ -129,6 +129,10 @@ class State:
     draw(logits (B, K, V), ahead=0) -> Draft: guesses for K places, the first of which lies `ahead`
     beyond the first one after the pending token, drawn as the acceptance rule wants them.
     scores(logits, ahead=0) -> (B, K, V): what such a guess has most of; for trees of the best few.
+
+    choices (B, S): the target's own token after each slot that a step read; beyond `length` as it
+    was read behind guesses that did not stand. -1: none. A drafter that wants it puts it there, and
+    the loop writes to it.
     """
 
     text: Tensor
@@ -137,6 +141,7 @@ class State:
     memo: Tensor | None
     draw: Callable[..., Draft]
     scores: Callable[..., Tensor]
+    choices: Tensor | None = None
 
 
 class Sizes(Protocol):
@@ -230,11 +235,13 @@ class NoDraft:
 class Verdict(NamedTuple):
     """accepted (B,): how many of the draft's tokens stand; next (B,): the target's own token after
     them. path (B, 1 + K): the columns that stand, of a tree; None: the first 1 + accepted ones.
+    choice (B, 1 + K): the target's own token after each column; None: the rule does not make it.
     """
 
     accepted: Tensor
     next: Tensor
     path: Tensor | None = None
+    choice: Tensor | None = None
 
 
 @dataclass

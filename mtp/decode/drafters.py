@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp.decode.contract import Draft, Drafter, Layout, NoDraft, State, chain
+from mtp.decode.jacobi import Jacobi
 
 
 class Reader:
@@ -278,11 +279,20 @@ def _distinct(vocabulary: Sequence[int] | Tensor) -> Tensor:
     return ids.long()
 
 
+def _jacobi(depth: int = 15, pool: int = 0, first: str = "text") -> Jacobi:
+    """A window holds the pending token and `depth` guesses."""
+    _check_guesses(depth=depth)
+    if first not in ("text", "heads"):
+        raise ValueError(f"first={first!r} is unknown: allowed are text, heads")
+    return Jacobi(depth + 1, pool, OwnHeads() if first == "heads" else None)
+
+
 DRAFTERS: dict[str, tuple[Callable[..., Drafter], tuple[str, ...]]] = {  # and what they take
     "none": (NoDraft, ()),
     "heads": (OwnHeads, ("depth", "tree")),
     "model": (lambda draft, **words: DraftModel(draft, **words), ("draft", "depth")),
     "lookup": (PromptLookup, ("depth",)),
+    "jacobi": (_jacobi, ("depth", "pool", "first")),
 }
 
 

@@ -20,6 +20,7 @@ from mtp.decode.contract import (
     Completion,
     Draft,
     Drafter,
+    Layout,
     NoDraft,
     Place,
     Request,
@@ -181,6 +182,8 @@ class Decoding:
         if row < last:
             self._copy_text(last, row, state.length[last])
             self.pending[row] = self.pending[last]
+            if state.choices is not None:
+                state.choices[row] = state.choices[last]
             for of_row in (self.owner, state.length, state.seed):
                 of_row[row] = of_row[last]  # type: ignore[index,assignment]
             self.drafter.admit(state, row, last)
@@ -190,6 +193,8 @@ class Decoding:
         self.nothing = Draft(state.text[:, :0])
         if state.memo is not None:
             state.memo = state.memo[:last]
+        if state.choices is not None:
+            state.choices = state.choices[:last]
 
     def _admit(self, row: int, i: int) -> None:
         """Read the prompt in this row alone, or copy it from a row that holds the same one, and
@@ -205,6 +210,8 @@ class Decoding:
         elif source != row:
             self._copy_text(source, row, length)
             self.prompt_end[row] = self.prompt_end[source]
+        if state.choices is not None:
+            state.choices[row] = -1
         self.drafter.admit(state, row, source)
         logits, nothing = self.model.logits(self.prompt_end[row]), Draft(self.nothing.tokens[:1])
         verdict = self.rule(logits, nothing, Place([request.seed], [length], 1))
@@ -230,6 +237,13 @@ class Decoding:
                 self.state.memo = memo.new_zeros(*self.state.text.shape, memo.shape[-1])
             self.state.memo.flatten(0, 1).index_copy_(0, index, memo.flatten(0, 1))
 
+    def _keep_choices(self, layout: Layout, choice: Tensor) -> None:
+        """Of a tree those of the columns whose slot is their place in the text."""
+        assert self.state.choices is not None
+        slots = layout.where.view_as(layout.positions) % self.slots
+        choice = choice.masked_fill(slots != layout.positions, -1)
+        self.state.choices.flatten().index_copy_(0, layout.where, choice.flatten())
+
     def _write_pending(self) -> None:
         at = [row * self.slots + length for row, length in enumerate(self.state.length)]
         self.flat_text[at] = self.pending[:, 0]
@@ -254,6 +268,9 @@ class Decoding:
         logits = self.model.logits(latent)
         verdict = self.rule(logits, draft, self.place)
         self._keep(layout.where, memo)
+        if state.choices is not None:
+            choice = logits.argmax(-1) if verdict.choice is None else verdict.choice
+            self._keep_choices(layout, choice)
         self.flat_text.index_copy_(0, layout.where, feed.flatten())
         self.pending = verdict.next[:, None]
         accepted, following = verdict.accepted.tolist(), verdict.next.tolist()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtp.decode.contract import Draft, Place, Rule, Verdict
 
-TARGET, GUESS, ACCEPT = 0, 1, 2  # purposes of noise: one independent stream each
+TARGET, GUESS, ACCEPT, FILL = 0, 1, 2, 3  # purposes of noise: one independent stream each
 # p (B, 1+K, V), q likewise with 0 where nothing is guessed, the guesses and their trials (B, K, 1)
 # -> which stand, provided that all are offered (B, K, 1); weight of p in the residual (B, 1+K, 1).
 Judge = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -135,9 +135,10 @@ class Match:
         choice = self.scores(logits, place).argmax(-1)
         if draft.tokens.shape[1] == 0:  # plain steps pay nothing for verification
             following = choice[:, 0]
-            return Verdict(torch.zeros_like(following), following)
+            return Verdict(torch.zeros_like(following), following, choice=choice)
         accepted = (choice[:, :-1] == draft.tokens).long().cumprod(1).sum(1)
-        return Verdict(accepted, choice.gather(1, accepted[:, None])[:, 0])
+        following = choice.gather(1, accepted[:, None])[:, 0]
+        return Verdict(accepted, following, choice=choice)
 
     def _in_tree(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         """The deepest guess that stands with all its ancestors; the first of them, if two agree."""
@@ -153,7 +154,7 @@ class Match:
         accepted = best.amax(1)
         node = (best == accepted[:, None]).long().argmax(1)
         path = lineage[torch.arange(len(node), device=node.device), node]
-        return Verdict(accepted, choice.gather(1, node[:, None])[:, 0], path)
+        return Verdict(accepted, choice.gather(1, node[:, None])[:, 0], path, choice)
 
 
 class Rejection:
