@@ -131,7 +131,7 @@ def sequential(
         tuple(fns),
         targets_NBT,
         scale_NBT,
-        chunk or _chunk(weights[0]),
+        chunk or chunk_size(weights[0]),
         len(inputs),
         len(weights),
     )
@@ -140,7 +140,7 @@ def sequential(
     total, nll_NBT, grads = _score_heads(plan, tensors, wanted)
     for tensor, grad in zip(tensors, grads, strict=True):
         if grad is not None:
-            total = _Stored.apply(total, tensor, grad)
+            total = StoredGradient.apply(total, tensor, grad)
     return total, nll_NBT
 
 
@@ -153,7 +153,7 @@ class _Plan(NamedTuple):
     n_weights: int
 
 
-def _chunk(weight_VD: Tensor) -> int:
+def chunk_size(weight_VD: Tensor) -> int:
     """Positions unembedded at a time. Each chunk adds to the weight's whole gradient, which a GPU
     does in less time than the products only above some 2,000 positions; a CPU prefers logits that
     its caches nearly hold.
@@ -162,16 +162,16 @@ def _chunk(weight_VD: Tensor) -> int:
     return max(128, numbers // len(weight_VD))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class _Stored(torch.autograd.Function):
+class StoredGradient(torch.autograd.Function):
     """The sum unchanged; in backward, `tensor` gets the gradient that is stored for it. A node for
     each tensor: a gradient is scaled, added and freed before the next one is touched.
     """
@@ -187,7 +187,7 @@ class _Stored(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         (grad,) = ctx.saved_tensors
-        return g, (grad.to(_wide(grad.dtype)) * g).to(ctx.dtype), None
+        return g, (grad.to(wide(grad.dtype)) * g).to(ctx.dtype), None
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def _score_heads(
     """
     grads: list[Tensor | None] = [None] * len(tensors)
     first_param = plan.n_inputs + plan.n_weights
-    total = torch.zeros((), dtype=_wide(tensors[0].dtype), device=tensors[0].device)
+    total = torch.zeros((), dtype=wide(tensors[0].dtype), device=tensors[0].device)
     nll_NBT = torch.empty(plan.targets_NBT.shape, dtype=total.dtype, device=total.device)
     for i, fn in enumerate(plan.fns):
         at, weight_at = i % plan.n_inputs, plan.n_inputs + i % plan.n_weights
@@ -215,7 +215,7 @@ def _score_heads(
         )
         if wanted[weight_at] and grads[weight_at] is None:
             grads[weight_at] = torch.zeros_like(
-                tensors[weight_at], dtype=_wide(tensors[weight_at].dtype)
+                tensors[weight_at], dtype=wide(tensors[weight_at].dtype)
             )
         nll_NBT[i] = _score_head(
             plan, i, latent.detach(), tensors[weight_at], d_latent, grads[weight_at]
@@ -229,7 +229,7 @@ def _score_heads(
                 strict=True,
             ):
                 if g is not None:  # wide from the second on: most parameters belong to one head
-                    grads[k] = g if grads[k] is None else grads[k].to(_wide(g.dtype)) + g
+                    grads[k] = g if grads[k] is None else grads[k].to(wide(g.dtype)) + g
         del x, latent, d_latent
     return total, nll_NBT, grads
 
@@ -245,9 +245,9 @@ def _score_head(
     """nll (B, T) of head i, chunk by chunk; fills d_latent and adds to d_weight where they are
     wanted.
     """
-    dtype = _compute_dtype(latent_BTD)
+    dtype = compute_dtype(latent_BTD)
     latent_MD, weight = latent_BTD.flatten(0, -2).to(dtype), weight_VD.detach().to(dtype)
-    nll = torch.empty(len(latent_MD), dtype=_wide(dtype), device=latent_MD.device)
+    nll = torch.empty(len(latent_MD), dtype=wide(dtype), device=latent_MD.device)
     target_M1 = plan.targets_NBT[i].flatten()[:, None]
     scale_M1 = plan.scale_NBT[i].flatten()[:, None].to(nll.dtype)
     d_flat = None if d_latent is None else d_latent.view(-1, d_latent.shape[-1])
@@ -355,7 +355,7 @@ class MultiTokenLoss:
         self, model: nn.Module, batch: Batch, denominator: Tensor
     ) -> tuple[Tensor, Metrics]:
         targets_NBT, valid_NBT = future_targets(batch, self.n_future_tokens)
-        dtype = _wide(next(model.parameters()).dtype)
+        dtype = wide(next(model.parameters()).dtype)
         weights = self.head_weights or [1.0] * self.n_future_tokens
         head_weights = torch.tensor(weights, dtype=dtype, device=denominator.device)
         # A head without valid targets has a zero mask: its loss is zero, whatever it is divided by.

@@ -32,6 +32,7 @@ ROPE_SCALING = (
     "original_max_position_embeddings",
 )
 Rotation = tuple[Tensor, Tensor]
+Place = tuple[Rotation, Layout | None]  # of a forward pass, see `mtp.heads`
 
 
 @dataclass
@@ -352,60 +353,66 @@ class Transformer(nn.Module):
         score: Score | None = None,
         cut: str = "auto",
         return_all_heads: bool = False,
+        upto: int | None = None,
+        layout: Layout | None = None,
     ) -> Any:
         """Without `score`: ids (B, T) -> logits (B, T, V), or (B, T, N, V) of all heads.
 
         With `score`: rows (B, T + n) -> whatever score(fns, inputs, weights, params) returns for
-        the first T positions.
+        the first T positions; with `upto`, of heads 1..upto alone, rows are (B, T + upto).
+
+        `layout` gives T positions below max_seq_len, and a mask, to rows of several texts that
+        share a beginning; without it rows are plain text.
         """
-        n = self.config.n_future_tokens
+        n = upto or self.config.n_future_tokens
+        length = tokens.shape[1] - (n if score else 0)
+        place = self._place(length, layout)
         if score is None:
-            latents = self._latents(self._trunk(tokens), n if return_all_heads else 1)
+            latents = self._latents(
+                self._trunk(tokens, place), place, n if return_all_heads else 1
+            )
             logits = self.output(
                 latents, lambda x, w: [F.linear(z, w[i % len(w)]) for i, z in enumerate(x)]
             )
             return torch.stack(logits, 2) if return_all_heads else logits[0]
         if cut not in CUTS:
             raise ValueError(f"cut={cut!r} is unknown: allowed are {', '.join(CUTS)}")
-        z = self._trunk(tokens[:, :-n])
+        z = self._trunk(tokens[:, :length], place)
         alone = self.heads.independent and not is_sharded(self._head_params())
         if cut == "trunk" or (cut == "auto" and alone):
             return self.output(
-                [z], lambda x, w: score(self._head_fns(z.shape[1]), x, w, self._head_params())
+                [z], lambda x, w: score(self._head_fns(place)[:n], x, w, self._head_params())
             )
         return self.output(
-            self._latents(z, n), lambda x, w: score([lambda latent: latent] * n, x, w, ())
+            self._latents(z, place, n), lambda x, w: score([lambda latent: latent] * n, x, w, ())
         )
 
-    def _trunk(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens exceed max_seq_len={self.config.max_seq_len}"
-            )
-        rotation = self._rotation(tokens.shape[1])
+    def _place(self, length: int, layout: Layout | None) -> Place:
+        if layout is not None:
+            return self.rotary(layout.positions), layout
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} tokens exceed max_seq_len={self.config.max_seq_len}")
+        return self.rotary(torch.arange(length, device=self.embedding.weight.device)), None
+
+    def _trunk(self, tokens: Tensor, place: Place) -> Tensor:
         x = self.embedding(tokens)
         for block in self.trunk:
-            x = block(x, rotation, None)
+            x = block(x, *place)
         return x
 
-    def _rotation(self, length: int) -> Rotation:
-        return self.rotary(torch.arange(length, device=self.embedding.weight.device))
+    def _latents(self, z: Tensor, place: Place, upto: int) -> list[Tensor]:
+        first, memo = self.heads.next(z, *place, ())
+        return [self.norm(x) for x in (first, *self.heads.rest(memo, *place, (), upto))]
 
-    def _latents(self, z: Tensor, upto: int) -> list[Tensor]:
-        rotation = self._rotation(z.shape[1])
-        first, memo = self.heads.next(z, rotation, None, ())
-        return [self.norm(x) for x in (first, *self.heads.rest(memo, rotation, None, (), upto))]
-
-    def _head_fns(self, length: int) -> list[Callable[[Tensor], Tensor]]:
+    def _head_fns(self, place: Place) -> list[Callable[[Tensor], Tensor]]:
         if not self.heads.independent:
             raise ValueError(
                 f"cut='trunk' needs heads that do not read each other, not "
                 f"head={self.config.head!r}: use 'latents'"
             )
-        rotation = self._rotation(length)
 
         def through(head: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda z: self.norm(head(z, rotation, None))
+            return lambda z: self.norm(head(z, *place))
 
         return [through(head) for head in self.heads.heads]
 
