@@ -330,7 +330,7 @@ class Batches:
         return {"row": self._row, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_identity(state, self._identity)
+        check_identity(state, self._identity)
         self._row = state["row"]
 
     def _in_order(self, number: np.ndarray) -> np.ndarray:
@@ -393,9 +393,9 @@ class StreamingBatches:
         return {**position, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_identity(state, self._identity)
+        check_identity(state, self._identity)
         self._seek(state["document"], state["offset"])
-        _check_identity(state, {"ahead": self._ahead()})
+        check_identity(state, {"ahead": self._ahead()})
 
     def _seek(self, document: int, offset: int) -> None:
         self._source = enumerate(islice(_forever(self._documents), document, None), document)
@@ -454,7 +454,7 @@ def _check_positive(**sizes: int) -> None:
             raise ValueError(f"{name}={size}: must be at least 1")
 
 
-def _check_identity(state: dict[str, Any], identity: dict[str, Any]) -> None:
+def check_identity(state: dict[str, Any], identity: dict[str, Any]) -> None:
     for name, value in identity.items():
         if state.get(name) != value:
             raise ValueError(f"state of other data: its {name} is {state.get(name)}, not {value}")

@@ -368,9 +368,7 @@ class Transformer(nn.Module):
         length = tokens.shape[1] - (n if score else 0)
         place = self._place(length, layout)
         if score is None:
-            latents = self._latents(
-                self._trunk(tokens, place), place, n if return_all_heads else 1
-            )
+            latents = self._latents(self._trunk(tokens, place), place, n if return_all_heads else 1)
             logits = self.output(
                 latents, lambda x, w: [F.linear(z, w[i % len(w)]) for i, z in enumerate(x)]
             )

@@ -324,7 +324,9 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(independent, device):
 
 
 def test_chunks_suit_a_cpus_cache_and_an_accelerators_products():
-    on_cpu, elsewhere = (mtp.loss.chunk_size(torch.empty(2**15, 1, device=d)) for d in ("cpu", "meta"))
+    on_cpu, elsewhere = (
+        mtp.loss.chunk_size(torch.empty(2**15, 1, device=d)) for d in ("cpu", "meta")
+    )
     assert on_cpu * 2**15 * 4 <= 2**25  # bytes of logits
     assert elsewhere >= 2000  # positions
 
