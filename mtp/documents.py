@@ -112,13 +112,6 @@ def _text(config: DataConfig) -> Iterator[Document]:
         yield Document(((_decode(file.read_bytes(), file), True),), name)
 
 
-def _lines(config: DataConfig) -> Iterator[Document]:
-    for file in _files(config, "*.txt"):
-        for line in _decode(file.read_bytes(), file).split("\n"):
-            if line.strip():
-                yield Document(((line, True),), file.name)
-
-
 def _stdlib(config: DataConfig) -> Iterator[Document]:
     """The Python standard library's own source, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -155,6 +148,13 @@ def _packages(config: DataConfig) -> Iterator[Document]:
     for package in config.packages:
         for name, file in package_files(package):
             yield Document(((_decode(file.read_bytes(), file), True),), name)
+
+
+def _lines(config: DataConfig) -> Iterator[Document]:
+    for file in _files(config, "*.txt"):
+        for line in _decode(file.read_bytes(), file).split("\n"):
+            if line.strip():
+                yield Document(((line, True),), file.name)
 
 
 def _jsonl(config: DataConfig) -> Iterator[Document]:
@@ -199,9 +199,9 @@ def _shards(config: DataConfig) -> Iterator[Document]:
 SOURCES: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
     "text": _text,
     "folder": _text,
-    "lines": _lines,
     "stdlib": _stdlib,
     "code": _code,
+    "lines": _lines,
     "jsonl": _jsonl,
     "parquet": _parquet,
     "datasets": _datasets,

@@ -15,9 +15,9 @@ Letters: B rows, C columns of a pass, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from mtp.decode.contract import Place, Request, chain
 from mtp.decode.loop import check_request, require_memory
 from mtp.decode.sampling import TARGET, Sampling, uniform
 
-START = 3  # purpose of the noise that first guesses are drawn with, beside those of sampling
+START, AUGMENT = 3, 4  # purposes of noise, beside those of sampling
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,7 @@ class Collection:
         batch_size: int = 8,
         sampling: Sampling | None = None,
     ) -> None:
-        for key, value in (("window", window), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
-        for i, request in enumerate(requests):
-            check_request(model, i, replace(request, max_new_tokens=whole_windows(request, window)))
+        _check(model, requests, window, batch_size)
         self.model, self.requests, self.window = model, requests, window
         self.sampling = sampling or Sampling()
         rows = min(batch_size, len(requests))
@@ -138,6 +134,14 @@ class Collection:
         return torch.tensor(ids, device=self.cache.k.device)
 
 
+def _check(model: Any, requests: Sequence[Request], window: int, batch_size: int) -> None:
+    for key, value in (("window", window), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+    for i, request in enumerate(requests):
+        check_request(model, i, replace(request, max_new_tokens=whole_windows(request, window)))
+
+
 def whole_windows(request: Request, window: int) -> int:
     """Most tokens that the windows of a request hold."""
     return -(-request.max_new_tokens // window) * window
@@ -193,3 +197,82 @@ class _Row:
 
     def trajectory(self) -> Trajectory:
         return Trajectory(list(self.request.prompt), self.windows, len(self.response))
+
+
+class OnPolicy:
+    """Trajectories that the model makes as it is when they are wanted, without end: `batch_size`
+    prompts at a time, in turn, each time with another seed, and with them other first guesses. The
+    model decodes in one process, from its own weights.
+
+    ValueError at once where a prompt cannot be collected, see `Collection`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        window: int = 16,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        batch_size: int = 8,
+        stop: Callable[[list[int]], bool] | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        if not prompts:
+            raise ValueError("no prompts to make trajectories from")
+        self.requests = [
+            Request(prompt, max_new_tokens, seed + i, stop) for i, prompt in enumerate(prompts)
+        ]
+        _check(model, self.requests, window, batch_size)
+        self.model, self.window, self.batch_size = model, window, batch_size
+        self.sampling, self.drawn = sampling, 0
+        self.waiting: list[Trajectory] = []
+
+    def __iter__(self) -> OnPolicy:
+        return self
+
+    def __next__(self) -> Trajectory:
+        if not self.waiting:
+            some = [self._request(self.drawn + i) for i in range(self.batch_size)]
+            collection = Collection(self.model, some, self.window, self.batch_size, self.sampling)
+            self.waiting, self.drawn = list(collection)[::-1], self.drawn + self.batch_size
+        return self.waiting.pop()
+
+    def _request(self, number: int) -> Request:
+        """Seeds of a later turn follow those of the one before."""
+        request = self.requests[number % len(self.requests)]
+        return replace(request, seed=self.requests[0].seed + number)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn, "waiting": [asdict(t) for t in self.waiting]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn, self.waiting = state["drawn"], [Trajectory(**t) for t in state["waiting"]]
+
+
+def augmented(trajectory: Trajectory, seed: int) -> Trajectory:
+    """In each state but a window's last two, some wrong tokens are put right, so that there are
+    pairs of a state and its fixed point that no pass makes (published code of arXiv 2403.00835).
+
+    Of the w wrong tokens of a state, w // 2 draws with replacement among all but the first say
+    which. Other seeds draw others. Tokens after the response's end are never wrong.
+    """
+    windows, at = [], 0
+    for states in trajectory.windows:
+        counts = trajectory.length - at
+        place = Place([seed], [at], len(states[0]))
+        shares = uniform(place, len(states), AUGMENT)[0].T.tolist()
+        pairs = zip(states[:-2], shares, strict=False)
+        changed = [_put_right(s[:counts], states[-1], u) + s[counts:] for s, u in pairs]
+        windows.append(changed + states[-2:])
+        at += len(states[0])
+    return replace(trajectory, windows=windows)
+
+
+def _put_right(state: list[int], final: list[int], shares: list[float]) -> list[int]:
+    wrong = [i for i, token in enumerate(state) if token != final[i]]
+    later, state = wrong[1:], list(state)
+    for share in shares[: len(wrong) // 2]:
+        at = later[int(share * len(later))]
+        state[at] = final[at]
+    return state

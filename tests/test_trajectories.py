@@ -3,6 +3,8 @@
 The truth is `plain`: one window, whole, read anew for every state, without a cache.
 """
 
+import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from test_decode import GREEDY, NEW, SAMPLINGS, VOCAB, some_requests, target, tr
 from mtp.decode.contract import Place, Request, stop_at
 from mtp.decode.loop import generate
 from mtp.decode.sampling import TARGET
-from mtp.trajectories import Collection, Trajectory
+from mtp.trajectories import Collection, OnPolicy, Trajectory, augmented
 
 WINDOWS = (1, 3, 5, 16)
 
@@ -182,3 +184,95 @@ def test_a_packed_copy_has_the_same_trajectories():
     model = tiny(n_layers=5, gain=1.4).float()
     requests = some_requests()
     assert list(Collection(model.packed(), requests, 5)) == list(Collection(model, requests, 5))
+
+
+PROMPTS = [[1, 2, 4], [5], [6, 7]]
+
+
+def on_policy(model, **options):
+    return OnPolicy(model, PROMPTS, 4, 8, **({"seed": 10, "batch_size": 2} | options))
+
+
+def test_on_policy_trajectories_are_the_models_own_as_it_is_then(device):
+    model = copy.deepcopy(target("transformer", device))
+    source = on_policy(model)
+    requests = [Request(PROMPTS[i % 3], 8, seed=10 + i) for i in range(6)]
+    before = list(Collection(model, requests[:2], 4))
+    assert [next(source), next(source)] == before
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype).to(device))
+    after = list(Collection(model, requests[2:], 4))
+    assert [next(source) for _ in range(4)] == after
+    assert before[0].response != next(iter(Collection(model, requests[:1], 4))).response
+
+
+def test_training_goes_on_after_on_policy_trajectories(device):
+    model = copy.deepcopy(target("transformer", device))
+    next(on_policy(model))
+    model(torch.tensor([[1, 2, 3]], device=device)).sum().backward()
+    assert all(p.grad is not None for p in model.trunk.parameters())
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2, 5])
+def test_an_on_policy_source_goes_on_where_its_state_says(drawn, device):
+    model = target("transformer", device)
+    source, again = on_policy(model), on_policy(model)
+    for _ in range(drawn):
+        next(source)
+    again.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert [next(again) for _ in range(4)] == [next(source) for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([], {}, "no prompts"),
+        ([[1], [2] * 90], {}, "request 1 needs 90 prompt tokens"),
+        ([[1]], {"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ],
+)
+def test_prompts_are_refused_before_training(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        OnPolicy(target("transformer", torch.device("cpu")), prompts, 4, 8, **options)
+
+
+FINAL = [1, 2, 3, 4, 5, 6]
+ALL_WRONG = [[9] * 6, [8] * 6, [1, 7, 7, 7, 7, 7], FINAL]
+
+
+def put_right(before, after, final=FINAL):
+    """Where a token was changed, which is to that of the fixed point."""
+    changed = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    assert all(after[i] == final[i] for i in changed)
+    return changed
+
+
+def test_augmentation_puts_up_to_half_of_the_wrong_tokens_right_but_never_the_first():
+    given = Trajectory([1], [ALL_WRONG, [[1, 9, 3, 4, 9, 9], [1, 2, 9, 9, 9, 9], FINAL]], 12)
+    counts, places = set(), set()
+    for seed in range(200):
+        (zero, one, *last), (partly, *rest) = augmented(given, seed).windows
+        assert last == ALL_WRONG[2:] and rest == given.windows[1][1:]
+        changed = put_right(ALL_WRONG[0], zero)
+        counts.add(len(changed))
+        places |= {*changed}
+        assert 1 <= len(put_right(ALL_WRONG[1], one)) <= 3
+        assert put_right(given.windows[1][0], partly) in ([4], [5])  # 3 wrong: one draw of two
+    assert counts == {1, 2, 3} and places == {1, 2, 3, 4, 5}
+    assert given.windows[0] is ALL_WRONG and ALL_WRONG[0] == [9] * 6
+
+
+def test_augmentation_depends_on_the_seed_alone_and_leaves_the_end_alone():
+    given = Trajectory([1], [ALL_WRONG, ALL_WRONG], 9)
+    assert augmented(given, 3) == augmented(given, 3)
+    assert len({str(augmented(given, seed)) for seed in range(20)}) > 10
+    for seed in range(100):
+        _, second = augmented(given, seed).windows
+        assert put_right(ALL_WRONG[0], second[0]) in ([1], [2])  # 3 of its tokens count
+
+
+def test_states_with_nothing_to_put_right_stay():
+    windows = [[[1, 2, 3, 4, 5, 9], [1, 2, 3, 4, 5, 8], FINAL], [FINAL], [[9] * 6, FINAL]]
+    given = Trajectory([1], windows, 18)
+    assert augmented(given, 0) == given
