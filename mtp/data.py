@@ -49,14 +49,35 @@ class Encoded(NamedTuple):
 
 
 def encode_document(document: Document, tokenizer: Tokenizer) -> Encoded:
-    """The end token is a target where the last segment is one."""
-    ids = [tokenizer.encode(text) for text, _ in document.segments] + [[tokenizer.end_id]]
-    targets = [is_target for _, is_target in document.segments]
-    keep = np.repeat([*targets, targets[-1]], [len(part) for part in ids])
+    """The end token is a target where the last segment is one; where ids are given, it is one only
+    if it is among them, since a text that was cut off does not end there.
+    """
+    segments = encode_segments(document, tokenizer)
+    (last, is_target), end = segments[-1], [tokenizer.end_id]
+    if last[-1:] != end:
+        segments.append((end, is_target and document.ids is None))
+    ids, targets = zip(*segments, strict=True)
+    keep = np.repeat(targets, [len(part) for part in ids])
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    digest = hashlib.sha256(json.dumps(document.segments).encode("ascii")).digest()
+    said = [document.segments, *([document.ids] if document.ids else [])]
+    digest = hashlib.sha256("".join(map(json.dumps, said)).encode("ascii")).digest()
     n_bytes = len(document.text.encode("utf-8"))
     return Encoded(np.fromiter(chain.from_iterable(ids), dtype), keep, n_bytes, digest)
+
+
+def encode_segments(document: Document, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+    """Ids of each segment, and whether they are targets."""
+    targets = [is_target for _, is_target in document.segments]
+    if document.ids is None:
+        ids = [tokenizer.encode(text) for text, _ in document.segments]
+    elif document.ids.tokenizer == tokenizer.fingerprint:
+        ids = [*document.ids.segments]
+    else:
+        raise ValueError(
+            f"a document holds ids of the tokenizer of fingerprint {document.ids.tokenizer}, "
+            f"data.tokenizer has {tokenizer.fingerprint}"
+        )
+    return list(zip(ids, targets, strict=True))
 
 
 class Pieces:

@@ -2,7 +2,8 @@
 
 Completions and chats train on their answers only: `Document` says which text is a target. A chat
 has one header line per message, "<|user|>\\nHi\\n<|assistant|>\\nHello"; targets are what an
-assistant says and, where one speaks last, the end token.
+assistant says and, where one speaks last, the end token. A text that a model wrote has its ids
+beside it (`scripts/self_distill.py`).
 """
 
 import gzip
@@ -91,11 +92,21 @@ class DataConfig:
                 raise ValueError(f"data.{message}")
 
 
+class Ids(NamedTuple):
+    """A document's segments as a model read and wrote them: their text, tokenised again, can be
+    other ids. tokenizer: the fingerprint of theirs.
+    """
+
+    segments: tuple[list[int], ...]
+    tokenizer: str
+
+
 class Document(NamedTuple):
     """Segments of text, each with whether it is a target, tokenised one by one."""
 
     segments: tuple[tuple[str, bool], ...]
     name: str = ""  # the file's path below its folder
+    ids: Ids | None = None
 
     @property
     def text(self) -> str:
@@ -176,7 +187,8 @@ def _parquet(config: DataConfig) -> Iterator[Document]:
         raise _missing("parquet") from error
     for file in _files(config, "*.parquet"):
         table = parquet.ParquetFile(file)
-        columns = [key for key in table.schema_arrow.names if key in _keys(config)]
+        wanted = (*_keys(config), *WRITTEN)
+        columns = [key for key in table.schema_arrow.names if key in wanted]
         for group in table.iter_batches(columns=columns):
             for record in group.to_pylist():
                 yield _record(record, config, str(file))
@@ -207,6 +219,9 @@ SOURCES: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
     "datasets": _datasets,
     "shards": _shards,
 }
+
+
+WRITTEN = ("prompt_ids", "completion_ids", "tokenizer")  # keys beside a prompt and its completion
 
 
 def _missing(source: str) -> ImportError:
@@ -253,8 +268,12 @@ def _keys(config: DataConfig) -> tuple[str | None, ...]:
 
 
 def _record(record: dict[str, Any], config: DataConfig, where: str) -> Document:
-    """Messages before prompt and completion before text; a key set to null is not looked for."""
+    """Ids before messages before prompt and completion before text; a key set to null is not looked
+    for.
+    """
     messages, prompt, completion, text = _keys(config)
+    if record.keys() >= {*WRITTEN}:
+        return _written(record, where)
     if messages in record:
         return Document(tuple(_chat(record[messages], where)))
     if prompt in record and completion in record:
@@ -267,6 +286,17 @@ def _record(record: dict[str, Any], config: DataConfig, where: str) -> Document:
         f"or data.prompt_key={prompt!r} and data.completion_key={completion!r}, "
         f"or data.text_key={text!r}"
     )
+
+
+def _written(record: dict[str, Any], where: str) -> Document:
+    prompt, completion, tokenizer = (
+        _string(record, key, where) for key in ("prompt", "completion", "tokenizer")
+    )
+    ids = record["prompt_ids"], record["completion_ids"]
+    for found in ids:
+        if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
+            raise ValueError(f"{where}: ids must be a list of numbers from 0 on, are {found!r}")
+    return Document(((prompt, False), (completion, True)), ids=Ids(ids, tokenizer))
 
 
 def _chat(messages: Any, where: str) -> Iterator[tuple[str, bool]]:

@@ -27,6 +27,7 @@ from scripts.convert import FORMATS, ConvertConfig  # noqa: E402
 from scripts.gather import GatherConfig  # noqa: E402
 from scripts.generate import GenerateConfig  # noqa: E402
 from scripts.prepare_data import PrepareConfig  # noqa: E402
+from scripts.self_distill import SelfDistillConfig  # noqa: E402
 from scripts.train_tokenizer import TokenizerConfig  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -38,6 +39,7 @@ SCHEMAS = {
     "collect_trajectories": CollectConfig,
     "generate": GenerateConfig,
     "prepare_data": PrepareConfig,
+    "self_distill": SelfDistillConfig,
     "train_tokenizer": TokenizerConfig,
 }
 NEEDED = {  # what a command or file leaves to the user
@@ -47,6 +49,7 @@ NEEDED = {  # what a command or file leaves to the user
     "collect_trajectories": ["checkpoint=x", "out=y"],
     "generate": ["checkpoint=x", "prompt=a"],
     "prepare_data": ["out=x"],
+    "self_distill": ["checkpoint=x", "out=y"],
     "train_tokenizer": ["out=x.model"],
     "data=shards": ["data.path=x"],
     "data=code": ["data.benchmarks=[]"],
@@ -207,6 +210,9 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
         (AttachConfig, {"kind": "linear"}, "kind='linear' is unknown: allowed are residual, tran"),
         (AttachConfig, {"data": DataConfig(tokenizer="x")}, "data.tokenizer=x: the trunk brings"),
         (AttachConfig, {"data": STREAM}, "data.streaming=true: heads are trained on a corpus"),
+        (SelfDistillConfig, {"count": 0}, "count=0 must be at least 1"),
+        (SelfDistillConfig, {"precision": "x"}, "precision='x': allowed are float32, bfloat16"),
+        (SelfDistillConfig, {"data": DataConfig(tokenizer="x")}, "data.tokenizer=x: the model"),
         (TokenizerConfig, {"out": str(CONFIGS)}, f"out='{CONFIGS}': give a .model file"),
     ],
 )

@@ -39,7 +39,7 @@ class SampleFile:
         if path.exists():
             found, self.samples = read_samples(path)
             _check_same_run(path, found, json.loads(header)["run"])
-            _drop_torn_line(path)
+            drop_torn_line(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, header + "\n")
@@ -84,7 +84,8 @@ def _check_same_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, A
         )
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
+    """Of a file that grows line by line, what a crash left of the last one."""
     with path.open("r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 
