@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mtp.documents import DataConfig, Document, iter_documents
+from mtp.documents import (
+    PLAIN_CHAT,
+    ChatTemplate,
+    DataConfig,
+    Document,
+    chat_segments,
+    iter_documents,
+)
 from mtp.loss import Batch
 from mtp.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,6 +59,7 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> Encoded:
     """The end token is a target where the last segment is one; where ids are given, it is one only
     if it is among them, since a text that was cut off does not end there.
     """
+    document = in_template(document, tokenizer)
     segments = encode_segments(document, tokenizer)
     (last, is_target), end = segments[-1], [tokenizer.end_id]
     if last[-1:] != end:
@@ -63,6 +71,19 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> Encoded:
     digest = hashlib.sha256("".join(map(json.dumps, said)).encode("ascii")).digest()
     n_bytes = len(document.text.encode("utf-8"))
     return Encoded(np.fromiter(chain.from_iterable(ids), dtype), keep, n_bytes, digest)
+
+
+def in_template(document: Document, tokenizer: Tokenizer) -> Document:
+    """A chat as the tokenizer's model knows chats, if that is said; anything else as it is."""
+    template = chat_template(tokenizer)
+    if document.messages is None or template is PLAIN_CHAT:
+        return document
+    return document._replace(segments=chat_segments(document.messages, template))
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The tokenizer's own, which it may have as `chat`, or the plain one."""
+    return getattr(tokenizer, "chat", None) or PLAIN_CHAT
 
 
 def encode_segments(document: Document, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
@@ -78,6 +99,17 @@ def encode_segments(document: Document, tokenizer: Tokenizer) -> list[tuple[list
             f"data.tokenizer has {tokenizer.fingerprint}"
         )
     return list(zip(ids, targets, strict=True))
+
+
+def prompt_of(document: Document, tokenizer: Tokenizer, limit: int | None = None) -> list[int]:
+    """Ids that a model is to go on with: all before the first answer; of a document without one the
+    first `limit`.
+    """
+    if document.messages and not any(m["role"] == "assistant" for m in document.messages):
+        return tokenizer.encode(chat_template(tokenizer).render(document.messages, True))
+    segments = encode_segments(in_template(document, tokenizer), tokenizer)
+    before = [ids for ids, _ in takewhile(lambda segment: not segment[1], segments)]
+    return list(chain.from_iterable(before)) or segments[0][0][:limit]
 
 
 class Pieces:

@@ -1,9 +1,9 @@
 """Where documents come from, which text of them is a target, and which are held out.
 
 Completions and chats train on their answers only: `Document` says which text is a target. A chat
-has one header line per message, "<|user|>\\nHi\\n<|assistant|>\\nHello"; targets are what an
-assistant says and, where one speaks last, the end token. A text that a model wrote has its ids
-beside it (`scripts/self_distill.py`).
+has one header line per message, "<|user|>\\nHi\\n<|assistant|>\\nHello", unless its tokenizer
+brings a template; targets are what an assistant says and the end token behind it. A text that a
+model wrote has its ids beside it (`scripts/self_distill.py`).
 """
 
 import gzip
@@ -101,12 +101,20 @@ class Ids(NamedTuple):
     tokenizer: str
 
 
-class Document(NamedTuple):
-    """Segments of text, each with whether it is a target, tokenised one by one."""
+Messages = list[dict[str, Any]]  # each with a role and its content
+Segments = tuple[tuple[str, bool], ...]
 
-    segments: tuple[tuple[str, bool], ...]
+
+class Document(NamedTuple):
+    """Segments of text, each with whether it is a target, tokenised one by one.
+
+    messages: those of a chat, for templates; the segments are the chat as written without one.
+    """
+
+    segments: Segments
     name: str = ""  # the file's path below its folder
     ids: Ids | None = None
+    messages: Messages | None = None
 
     @property
     def text(self) -> str:
@@ -275,7 +283,8 @@ def _record(record: dict[str, Any], config: DataConfig, where: str) -> Document:
     if record.keys() >= {*WRITTEN}:
         return _written(record, where)
     if messages in record:
-        return Document(tuple(_chat(record[messages], where)))
+        said = _messages(record[messages], where)
+        return Document(chat_segments(said), messages=said)
     if prompt in record and completion in record:
         pair = (_string(record, prompt, where), False), (_string(record, completion, where), True)
         return Document(pair)
@@ -299,21 +308,12 @@ def _written(record: dict[str, Any], where: str) -> Document:
     return Document(((prompt, False), (completion, True)), ids=Ids(ids, tokenizer))
 
 
-def _chat(messages: Any, where: str) -> Iterator[tuple[str, bool]]:
+def _messages(messages: Any, where: str) -> Messages:
     if not isinstance(messages, list):
         raise ValueError(f"{where}: messages must be a list, are {messages!r}")
-    context = ""
     for message in messages:
-        context += f"<|{_string(message, 'role', where)}|>\n"
-        content = _string(message, "content", where)
-        if message["role"] == "assistant":
-            yield context, False
-            yield content, True
-            context = "\n"
-        else:
-            context += content + "\n"
-    if context != "\n":
-        yield context, False
+        _string(message, "role", where), _string(message, "content", where)
+    return messages
 
 
 def _string(record: Any, key: str | None, where: str) -> str:
@@ -327,14 +327,51 @@ def _string(record: Any, key: str | None, where: str) -> str:
     return value
 
 
-def prompt_of(document: Document) -> str:
-    """What a model is to go on with: all before the last answer; a chat that waits for one, up to
-    where it begins; plain text as a whole.
+# Chats.
+
+
+class ChatTemplate(NamedTuple):
+    """render(messages, open_answer): a chat as text, perhaps up to where the next answer begins.
+    end: the text of the token that ends an answer; "": nothing in the text does.
     """
-    *before, (last, is_target) = document.segments
-    if not is_target:
-        return document.text + "<|assistant|>\n"
-    return "".join(text for text, _ in before) or last
+
+    render: Callable[[Messages, bool], str]
+    end: str = ""
+
+
+def _plain(messages: Messages, open_answer: bool) -> str:
+    text = "".join(f"<|{message['role']}|>\n{message['content']}\n" for message in messages)
+    if open_answer:
+        return f"{text}<|assistant|>\n"
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    return text[: len(text) - answered]
+
+
+PLAIN_CHAT = ChatTemplate(_plain)
+
+
+def chat_segments(messages: Messages, template: ChatTemplate = PLAIN_CHAT) -> Segments:
+    """Targets are an assistant's words up to the end of each answer. ValueError where a template
+    writes a chat's beginning otherwise once the chat goes on.
+    """
+    segments: list[tuple[str, bool]] = []
+    told = ""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = template.render(messages[:i], True)
+            after = template.render(messages[: i + 1], False)
+            if not before.startswith(told) or not after.startswith(before):
+                raise ValueError(
+                    f"the chat template does not write message {i + 1} of a chat behind those "
+                    f"before it: {after[:200]!r}"
+                )
+            answer = after[len(before) :]
+            if (at := answer.rfind(template.end)) >= 0:  # what is behind its end is the template's
+                answer = answer[: at + len(template.end)]
+            segments += [(before[len(told) :], False), (answer, True)]
+            told = before + answer
+    rest = template.render(messages, False)[len(told) :]
+    return (*segments, (rest, False)) if rest.strip() else tuple(segments)
 
 
 # Documents of the two parts.

@@ -23,7 +23,8 @@ from omegaconf import MISSING
 
 import mtp
 from benchmarks.subjects import Subject, subject
-from mtp.documents import DataConfig, iter_documents, prompt_of
+from mtp.data import prompt_of
+from mtp.documents import DataConfig, iter_documents
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
@@ -41,7 +42,7 @@ class CollectConfig:
     data: DataConfig = field(default_factory=DataConfig)
     held_out: bool = False  # prompts of the part that is held out, to measure on
     limit: int | None = None  # how many prompts at most
-    prompt_tokens: int | None = None  # how much of each prompt is read at most; null: all of it
+    prompt_tokens: int | None = None  # of a document without answers; null: all of it
     window: int = 16
     max_new_tokens: int = 256
     seed: int = 0
@@ -67,7 +68,7 @@ class CollectConfig:
 
 def _prompts(config: CollectConfig, tokenizer: Tokenizer) -> list[list[int]]:
     documents = islice(iter_documents(config.data, config.held_out), config.limit)
-    return [tokenizer.encode(prompt_of(d))[: config.prompt_tokens] for d in documents]
+    return [prompt_of(d, tokenizer, config.prompt_tokens) for d in documents]
 
 
 def _origin(config: CollectConfig, model: Subject, prompts: list[list[int]]) -> Origin:

@@ -15,15 +15,14 @@ import logging
 import random
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import chain, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from omegaconf import MISSING
 
 import mtp
-from mtp.data import encode_segments
-from mtp.documents import DataConfig, Document, iter_documents
+from mtp.data import prompt_of
+from mtp.documents import DataConfig, iter_documents
 from mtp.evaluate.code import completion_text
 from mtp.evaluate.samples import drop_torn_line
 from mtp.hooks import read_jsonl
@@ -75,15 +74,9 @@ def make_prompts(config: SelfDistillConfig, tokenizer: Tokenizer) -> list[Prompt
     random.Random(config.seed).shuffle(documents)
     several = range(len(documents) if config.count is None else config.count)
     return [
-        Prompt(i, config.seed + i, prompt_of(documents[i % len(documents)], tokenizer, config))
+        Prompt(i, config.seed + i, prompt_of(documents[i % len(documents)], tokenizer, config.prompt_tokens))
         for i in several
     ]
-
-
-def prompt_of(document: Document, tokenizer: Tokenizer, config: SelfDistillConfig) -> list[int]:
-    segments = encode_segments(document, tokenizer)
-    before = [ids for ids, _ in takewhile(lambda segment: not segment[1], segments)]
-    return list(chain.from_iterable(before)) or segments[0][0][: config.prompt_tokens]
 
 
 class Written:

@@ -23,6 +23,7 @@ from mtp.data import (
 )
 from mtp.documents import (
     SOURCES,
+    ChatTemplate,
     DataConfig,
     Document,
     iter_documents,
@@ -282,6 +283,55 @@ def test_a_chat_that_ends_with_the_user_has_no_end_target(tmp_path):
     messages = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "U"}]
     kept, text = targets(tmp_path, {"messages": messages})
     assert text == "<|assistant|>\nA\n<|user|>\nU\n$" and kept.replace(".", "") == "A"
+
+
+class Brackets(ByteTokenizer):
+    """Writes a chat in its own way: an answer ends with ">", and the template goes on."""
+
+    def __init__(self, render=None):
+        self.chat = ChatTemplate(render or self.render, ">")
+
+    def render(self, messages, open_answer):
+        turns = [f"{m['role'][0]}<{m['content']}> " for m in messages]
+        return "^" + "".join(turns) + "a<" * open_answer
+
+
+def in_brackets(tmp_path, letters, render=None):
+    roles = {"u": "user", "a": "assistant"}
+    messages = [{"role": roles[x.lower()], "content": x} for x in letters]
+    config = DataConfig("jsonl", write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]))
+    (document,) = iter_documents(replace(config, val_fraction=0.0), held_out=False)
+    ids, keep, *_ = encode_document(document, Brackets(render))
+    return "".join("$" if i == END else chr(i) for i in ids), "".join("_x"[k] for k in keep + 0)
+
+
+@pytest.mark.parametrize(
+    ("letters", "text", "kept"),
+    [
+        ("UA", "^u<U> a<A>$", "________xxx"),
+        ("UAUA", "^u<U> a<A> u<U> a<A>$", "________xx________xxx"),
+        ("AU", "^a<A> u<U> $", "___xx_______"),
+        ("UU", "^u<U> u<U> $", "____________"),
+    ],
+)
+def test_a_template_writes_the_chat_and_answers_stay_the_targets(tmp_path, letters, text, kept):
+    assert in_brackets(tmp_path, letters) == (text, kept)
+
+
+def test_a_template_that_rewrites_a_chats_beginning_is_refused(tmp_path):
+    def forgetful(messages, open_answer):
+        return Brackets().render(messages[-2:], open_answer)
+
+    with pytest.raises(ValueError, match="template does not write message 4 of a chat behind"):
+        in_brackets(tmp_path, "UAUA", forgetful)
+
+
+def test_the_split_of_chats_does_not_depend_on_a_template_but_the_corpus_does(tmp_path):
+    messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+    config = DataConfig("jsonl", path, val_fraction=0.0)
+    found = {load_corpus(config, t, False).fingerprint for t in (BYTES, Brackets())}
+    assert len(found) == 2
 
 
 def test_a_key_set_to_null_is_not_looked_for(tmp_path):

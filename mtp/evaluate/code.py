@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp.decode.contract import cut_at
-from mtp.documents import DataConfig, iter_documents
+from mtp.documents import PLAIN_CHAT, DataConfig, iter_documents
 from mtp.evaluate.sandbox import Sandbox
 from mtp.tokenizer import Tokenizer
 
@@ -125,7 +125,7 @@ SOURCES = {
 
 def plain_chat(question: str) -> str:
     """A question in the chat format of `mtp.documents`, up to where its answer begins."""
-    return f"<|user|>\n{question}\n<|assistant|>\n"
+    return PLAIN_CHAT.render([{"role": "user", "content": question}], True)
 
 
 def load_benchmark(

@@ -34,6 +34,7 @@ from mtp.decode.contract import Completion, Request, chain, cut_at, stop_at, sto
 from mtp.decode.drafters import make_drafter
 from mtp.decode.loop import generate
 from mtp.decode.sampling import Sampling
+from mtp.documents import PLAIN_CHAT
 from mtp.evaluate.code import completion_text
 from mtp.interop.huggingface import CausalLM
 from mtp.tokenizer import Tokenizer
@@ -65,8 +66,7 @@ class OurText:
 
     def chat(self, messages: Messages, open_answer: bool) -> str:
         """As `mtp.documents` writes chats."""
-        text = "\n".join(f"<|{message['role']}|>\n{message['content']}" for message in messages)
-        return f"{text}\n<|assistant|>\n" if open_answer else text
+        return PLAIN_CHAT.render(messages, open_answer)
 
 
 class TheirText:

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from mtp.documents import ChatTemplate, Messages
+
 
 class HuggingFaceTokenizer:
     """Its end-of-sentence token ends documents. ValueError where it has none, or is not of the
@@ -24,6 +26,8 @@ class HuggingFaceTokenizer:
         self.end_id: int = self.theirs.eos_token_id
         self.vocab_size: int = len(self.theirs)
         written = self.theirs.backend_tokenizer.to_str() + "special" * special
+        template = ChatTemplate(self._render, self.theirs.eos_token)
+        self.chat = template if self.theirs.chat_template else None
         self.fingerprint = hashlib.sha256(written.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
@@ -35,6 +39,16 @@ class HuggingFaceTokenizer:
         return self.theirs.decode(
             kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+    def _render(self, messages: Messages, open_answer: bool) -> str:
+        from jinja2 import TemplateError  # which transformers writes chats with
+
+        try:
+            return self.theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=open_answer
+            )
+        except TemplateError as error:  # raised by templates that want roles in turns
+            raise ValueError(f"the chat template refuses {messages!r}: {error}") from error
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder, which this class reads."""
