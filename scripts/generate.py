@@ -1,14 +1,16 @@
 """Continue prompts: `python scripts/generate.py checkpoint=runs/demo prompt='"def main"'`.
 
-With drafter=heads the model drafts for itself, with drafter=model another one (`draft`), with
-drafter=lookup the text itself; the text is the same, in fewer steps. Prompts come from `prompt` or,
-one per line, from the file `prompts`; the text of a single one is shown as it comes. `--cfg job`
-prints every key.
+`checkpoint` is a run, a checkpoint, or a Hugging Face folder of a causal LM, for which `heads` may
+name a folder of scripts/attach.py. With drafter=heads the model drafts for itself, with
+drafter=model another one (`draft`), with drafter=lookup the text itself; the text is the same, in
+fewer steps. Prompts come from `prompt` or, one per line, from the file `prompts`; the text of a
+single one is shown as it comes. `--cfg job` prints every key.
 
 With check=true it says instead whether the checkpoint's heads are sound, on the text that its run
 held out or on given prompts; exit status 1 if they are not.
 """
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +23,12 @@ import torch
 from omegaconf import MISSING
 
 import mtp
-from mtp import checkpoint
-from mtp.data import Batches, load_corpus
+from mtp.data import Batches, chat_template, load_corpus
 from mtp.decode.contract import Drafter
 from mtp.decode.drafters import make_drafter
 from mtp.decode.health import health
 from mtp.decode.probe import fastest
+from mtp.interop.folder import FoundModel, find_model
 from mtp.run import data_of, find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
@@ -37,9 +39,11 @@ CHECKED_ROWS, CHECKED_TOKENS, CHECKED_NEW = 8, 256, 96  # a minute's work for a 
 
 @dataclass
 class GenerateConfig:
-    checkpoint: str = MISSING  # or a run directory, for its newest
+    checkpoint: str = MISSING  # or a run directory, for its newest, or a Hugging Face folder
+    heads: str | None = None  # folder of heads that were attached to it
     prompt: str | None = None
     prompts: str | None = None  # a file with one prompt per line
+    chat: bool = False  # prompts are what a user says, the texts shown the answers
     max_new_tokens: int = 256
     samples: int = 1  # per prompt, with seeds seed, seed + 1, ...
     seed: int = 0
@@ -47,6 +51,7 @@ class GenerateConfig:
     draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model
     depth: Any = None  # most guesses per step; null: what the drafter likes; auto: as many as pay
     tree: int | None = None  # for drafter=heads: that many guesses per step, as a tree
+    vocabulary: str | None = None  # for drafter=heads: scripts/draft_vocabulary.py wrote it
     rule: str = "match"
     stop: list[str] = field(default_factory=list)  # strings that end a text, and are left out
     batch_size: int = 8
@@ -91,43 +96,56 @@ def _settings(config: GenerateConfig) -> tuple[list[int], list[str]]:
     )
 
 
-def _load(config: GenerateConfig, checkpoint: str, precision: str) -> mtp.Transformer:
-    return mtp.load(checkpoint, find_device(config.device), PRECISIONS[precision]).packed()
+def _find(config: GenerateConfig, where: str) -> FoundModel:
+    return find_model(where, special=not config.chat)  # templates begin a text themselves
 
 
-def _tokenizer(where: str) -> Tokenizer:
-    return mtp.load_tokenizer(checkpoint.find(where))  # which says what is missing
-
-
-def _draft(config: GenerateConfig, tokenizer: Tokenizer, precision: str) -> mtp.Transformer | None:
+def _draft(config: GenerateConfig, tokenizer: Tokenizer, precision: str) -> Any:
     """The model that drafts, if there is one."""
     if config.draft is None:
         return None
-    if _tokenizer(config.draft).fingerprint != tokenizer.fingerprint:
+    found = _find(config, config.draft)
+    if found.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"draft={config.draft} has another tokenizer than {config.checkpoint}")
-    return _load(config, config.draft, precision)
+    return found.load(find_device(config.device), PRECISIONS[precision])
+
+
+def _vocabulary(config: GenerateConfig) -> list[int] | None:
+    if config.vocabulary is None:
+        return None
+    try:
+        ids = json.loads(Path(config.vocabulary).read_text(encoding="utf-8"))
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ValueError(f"vocabulary={config.vocabulary} holds no list of token ids")
+    return ids
 
 
 def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
     texts = _lines(Path(config.prompts)) if config.prompts else [str(config.prompt)]
+    if config.chat:
+        template = chat_template(tokenizer)
+        texts = [template.render([{"role": "user", "content": text}], True) for text in texts]
     return [tokenizer.encode(text) for text in texts]
 
 
 def _prepare(
-    config: GenerateConfig, tokenizer: Tokenizer, requests: Sequence[mtp.Request]
-) -> tuple[mtp.Transformer, Drafter]:
+    config: GenerateConfig, found: FoundModel, requests: Sequence[mtp.Request]
+) -> tuple[Any, Drafter]:
     """The model and its drafter, in the settings that are fastest here. precision=auto holds both
     for a moment.
     """
     threads, precisions = _settings(config)
     loaded, decoders = {}, {}
     for precision in precisions:
-        model = _load(config, config.checkpoint, precision)
+        model = found.load(find_device(config.device), PRECISIONS[precision], config.heads)
         drafter = make_drafter(
             config.drafter,
             depth=None if config.depth == "auto" else config.depth,
             tree=config.tree,
-            draft=_draft(config, tokenizer, precision),
+            vocabulary=_vocabulary(config),
+            draft=_draft(config, found.tokenizer, precision),
         )
         loaded[precision] = model, drafter
         decoders[precision] = partial(
@@ -145,8 +163,8 @@ def _prepare(
 
 
 def complete(config: GenerateConfig) -> None:
-    tokenizer = _tokenizer(config.checkpoint)
-    stops = [mtp.stop_at(tokenizer.end_id)]
+    found = _find(config, config.checkpoint)
+    tokenizer, stops = found.tokenizer, [mtp.stop_at(*found.ends)]
     if config.stop:
         stops.append(mtp.stop_at_text(tokenizer, *config.stop))
     requests = [
@@ -154,7 +172,7 @@ def complete(config: GenerateConfig) -> None:
         for ids in _prompts(config, tokenizer)
         for seed in range(config.seed, config.seed + config.samples)
     ]
-    model, drafter = _prepare(config, tokenizer, requests)
+    model, drafter = _prepare(config, found, requests)
     started = time.perf_counter()
     decoding = mtp.Decoding(
         model,
@@ -166,9 +184,9 @@ def complete(config: GenerateConfig) -> None:
         depth=mtp.AdaptiveDepth() if config.depth == "auto" else None,
     )
     if len(requests) == 1:
-        _show_as_it_comes(decoding, tokenizer, config.stop)
+        _show_as_it_comes(decoding, tokenizer, config)
     else:
-        _show_all(decoding, tokenizer, config.stop)
+        _show_all(decoding, tokenizer, config)
     seconds, done = time.perf_counter() - started, decoding.completions
     new, steps = sum(len(c.tokens) for c in done), sum(c.steps for c in done)
     accepted = sum(sum(c.accepted) for c in done)
@@ -180,11 +198,13 @@ def complete(config: GenerateConfig) -> None:
     )
 
 
-def _show_as_it_comes(decoding: mtp.Decoding, tokenizer: Tokenizer, stops: list[str]) -> None:
+def _show_as_it_comes(decoding: mtp.Decoding, tokenizer: Tokenizer, config: GenerateConfig) -> None:
     """What may be the beginning of a stop string waits until it is known."""
+    stops = config.stop
     stream, waits = mtp.TextStream(tokenizer), max([1, *map(len, stops)]) - 1
     text, shown = "", 0
-    print(stream.push(decoding.requests[0].prompt), end="", flush=True)
+    prompt = stream.push(decoding.requests[0].prompt)
+    print("" if config.chat else prompt, end="", flush=True)
     for _, tokens in decoding:
         text += stream.push(tokens)
         sure = mtp.cut_at(text, *stops)[: max(0, len(text) - waits)]
@@ -193,20 +213,24 @@ def _show_as_it_comes(decoding: mtp.Decoding, tokenizer: Tokenizer, stops: list[
     print(mtp.cut_at(text + stream.close(), *stops)[shown:])
 
 
-def _show_all(decoding: mtp.Decoding, tokenizer: Tokenizer, stops: list[str]) -> None:
+def _show_all(decoding: mtp.Decoding, tokenizer: Tokenizer, config: GenerateConfig) -> None:
     for _ in decoding:
         pass
     for request, completion in zip(decoding.requests, decoding.completions, strict=True):
         prompt = tokenizer.decode(request.prompt)
         whole = tokenizer.decode([*request.prompt, *completion.tokens])
-        print(prompt + mtp.cut_at(whole[len(prompt) :], *stops))
+        new = mtp.cut_at(whole[len(prompt) :], *config.stop)
+        print(new if config.chat else prompt + new)
 
 
 def check(config: GenerateConfig) -> None:
     threads, precisions = _settings(config)
     torch.set_num_threads(threads[0])
-    tokenizer = _tokenizer(config.checkpoint)
-    model = _load(config, config.checkpoint, precisions[0])
+    found = _find(config, config.checkpoint)
+    if found.theirs:
+        raise ValueError("check=true: is for checkpoints of ours")
+    tokenizer = found.tokenizer
+    model = found.load(find_device(config.device), PRECISIONS[precisions[0]])
     longest = min(CHECKED_TOKENS, model.config.max_seq_len)
     if config.prompt is None and config.prompts is None:
         texts = _held_out(config.checkpoint, tokenizer, model.config.n_future_tokens, longest)

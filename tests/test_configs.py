@@ -24,6 +24,7 @@ from scripts.attach import AttachConfig  # noqa: E402
 from scripts.cli import register  # noqa: E402
 from scripts.collect_trajectories import CollectConfig  # noqa: E402
 from scripts.convert import FORMATS, ConvertConfig  # noqa: E402
+from scripts.draft_vocabulary import VocabularyConfig  # noqa: E402
 from scripts.gather import GatherConfig  # noqa: E402
 from scripts.generate import GenerateConfig  # noqa: E402
 from scripts.prepare_data import PrepareConfig  # noqa: E402
@@ -35,6 +36,7 @@ SCHEMAS = {
     "train": RunConfig,
     "convert": ConvertConfig,
     "attach": AttachConfig,
+    "draft_vocabulary": VocabularyConfig,
     "gather": GatherConfig,
     "collect_trajectories": CollectConfig,
     "generate": GenerateConfig,
@@ -45,6 +47,7 @@ SCHEMAS = {
 NEEDED = {  # what a command or file leaves to the user
     "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
     "attach": ["trunk=x", "out=y"],
+    "draft_vocabulary": ["checkpoint=x", "out=y"],
     "gather": ["checkpoint=x", "out=y"],
     "collect_trajectories": ["checkpoint=x", "out=y"],
     "generate": ["checkpoint=x", "prompt=a"],
@@ -210,6 +213,7 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
         (AttachConfig, {"kind": "linear"}, "kind='linear' is unknown: allowed are residual, tran"),
         (AttachConfig, {"data": DataConfig(tokenizer="x")}, "data.tokenizer=x: the trunk brings"),
         (AttachConfig, {"data": STREAM}, "data.streaming=true: heads are trained on a corpus"),
+        (VocabularyConfig, {"count": 0}, "count=0 must be at least 1"),
         (SelfDistillConfig, {"count": 0}, "count=0 must be at least 1"),
         (SelfDistillConfig, {"precision": "x"}, "precision='x': allowed are float32, bfloat16"),
         (SelfDistillConfig, {"data": DataConfig(tokenizer="x")}, "data.tokenizer=x: the model"),

@@ -47,8 +47,8 @@ ORDERED = [
     *("mtp.train", "mtp.hooks", "mtp.run"),
 ]
 ADAPTERS = {
-    "mtp.interop.folder": {"mtp.interop.huggingface", "mtp.interop.tokenizer"},
-    ADAPTER: {"mtp.interop.huggingface"},
+    "mtp.interop.folder": {f"mtp.interop.{x}" for x in ("attach", "huggingface", "tokenizer")},
+    ADAPTER: {"mtp.interop.folder"},
 }
 ORDERED = ["mtp.train", "mtp.hooks", "mtp.run"]  # each may import those before it
 

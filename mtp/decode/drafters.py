@@ -289,7 +289,7 @@ def _jacobi(depth: int = 15, pool: int = 0, first: str = "text") -> Jacobi:
 
 DRAFTERS: dict[str, tuple[Callable[..., Drafter], tuple[str, ...]]] = {  # and what they take
     "none": (NoDraft, ()),
-    "heads": (OwnHeads, ("depth", "tree")),
+    "heads": (OwnHeads, ("depth", "tree", "vocabulary")),
     "model": (lambda draft, **words: DraftModel(draft, **words), ("draft", "depth")),
     "lookup": (PromptLookup, ("depth",)),
     "jacobi": (_jacobi, ("depth", "pool", "first")),
@@ -297,8 +297,8 @@ DRAFTERS: dict[str, tuple[Callable[..., Drafter], tuple[str, ...]]] = {  # and w
 
 
 def make_drafter(name: str, **settings: Any) -> Drafter:
-    """A drafter by its word. settings: depth, tree, draft (the model for "model"), as far as it
-    takes them; None lets it choose. ValueError names what is allowed.
+    """A drafter by its word. settings: depth, tree, vocabulary, draft (the model for "model"), as
+    far as it takes them; None lets it choose. ValueError names what is allowed.
     """
     if name not in DRAFTERS:
         raise ValueError(f"drafter={name!r} is unknown: allowed are {', '.join(DRAFTERS)}")

@@ -36,7 +36,7 @@ from mtp.decode.loop import generate
 from mtp.decode.sampling import Sampling
 from mtp.documents import PLAIN_CHAT
 from mtp.evaluate.code import completion_text
-from mtp.interop.huggingface import CausalLM
+from mtp.interop.folder import load_causal_lm
 from mtp.tokenizer import Tokenizer
 
 log = logging.getLogger("lm_eval.mtp")  # below the logger that the harness shows
@@ -329,12 +329,8 @@ def _ours(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Ou
 
 
 def _theirs(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, TheirText]:
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise ImportError("pretrained= needs, in a checkout: pip install '.[hf]'") from error
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
-    return CausalLM(model.to(device)), TheirText(where, model.generation_config)
+    target = load_causal_lm(where, device, dtype)
+    return target, TheirText(where, target.model.generation_config)
 
 
 def _device(name: str) -> torch.device:

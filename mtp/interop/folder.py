@@ -1,7 +1,8 @@
 """A model by its folder, whatever wrote it: a run or checkpoint of ours, or a Hugging Face folder.
 
     found = find_model(folder)
-    model = found.load(device, dtype)                     decodes; packed where that helps
+    model = found.load(device, dtype)                        or, with heads that were attached to it
+    model = found.load(device, dtype, heads_folder)
     generate(model, [Request(found.tokenizer.encode(text), 100, stop=stop_at(*found.ends))])
 
 What is missing is said before weights are read.
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from mtp import checkpoint
+from mtp.interop.attach import load_heads
 from mtp.tokenizer import Tokenizer
 
 
@@ -29,11 +31,18 @@ class FoundModel:
     tokenizer: Tokenizer
     ends: tuple[int, ...]
 
-    def load(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-        """A target of `mtp.generate`, to be left as it is: see `mtp.packed`."""
-        if not self.theirs:
-            return checkpoint.load(self.folder, device, dtype).packed()
-        return load_causal_lm(self.folder, device, dtype).packed()
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        heads: str | Path | None = None,
+    ) -> Any:
+        """A target of `mtp.generate`, to be left as it is: see `mtp.packed`. heads: a folder of
+        those that were attached to it.
+        """
+        load = load_causal_lm if self.theirs else checkpoint.load
+        model = load(self.folder, device, dtype)
+        return (model if heads is None else load_heads(model, heads)).packed()
 
 
 def find_model(where: str | Path, special: bool = True) -> FoundModel:
