@@ -17,6 +17,7 @@ import mtp
 from mtp import checkpoint
 from mtp.interop.llama import load_llama, save_llama
 from mtp.interop.meta import load_meta, save_meta
+from mtp.interop.speculative import save_speculative
 from mtp.tokenizer import INDEX_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer
 from mtp.train import PRECISIONS
 from scripts.cli import launch
@@ -25,9 +26,9 @@ Read = tuple[mtp.Transformer, Tokenizer | None]
 
 
 class Format(NamedTuple):
-    """read(folder, dtype) -> model, tokenizer; write(model, tokenizer, config)."""
+    """read(folder, dtype) -> model, tokenizer; write(model, tokenizer, config). None: only out."""
 
-    read: Callable[[str, torch.dtype], Read]
+    read: Callable[[str, torch.dtype], Read] | None
     write: Callable[[mtp.Transformer, Tokenizer | None, Any], object]
 
 
@@ -35,21 +36,23 @@ class Format(NamedTuple):
 class ConvertConfig:
     source_format: str = MISSING  # mtp, llama or meta
     source: str = MISSING
-    out_format: str = MISSING
+    out_format: str = MISSING  # or speculative
     out: str = MISSING  # a new folder
     precision: str = "float32"  # or bfloat16: of the weights written
-    like: str | None = None  # Hugging Face folder whose tokenizer an out_format=llama gets
+    like: str | None = None  # Hugging Face folder whose tokenizer goes out with a Llama
 
     def __post_init__(self) -> None:
         for key, allowed in (
-            ("source_format", FORMATS),
+            ("source_format", [name for name, format in FORMATS.items() if format.read]),
             ("out_format", FORMATS),
             ("precision", PRECISIONS),
         ):
             if (value := getattr(self, key)) not in allowed:
                 raise ValueError(f"{key}={value!r}: allowed are {', '.join(allowed)}")
-        if self.like is not None and self.out_format != "llama":
-            raise ValueError(f"like={self.like!r} is for out_format=llama, not {self.out_format}")
+        if self.like is not None and self.out_format not in LLAMAS:
+            raise ValueError(
+                f"like={self.like!r} is for out_format={' or '.join(LLAMAS)}, not {self.out_format}"
+            )
         if Path(self.out).exists():
             raise ValueError(f"out={self.out!r}: exists already and is not overwritten")
 
@@ -70,16 +73,20 @@ def _write_meta(model: mtp.Transformer, tokenizer: Tokenizer | None, config: Any
     return save_meta(model, config.out, tokenizer if fits else None)
 
 
+LLAMAS = ("llama", "speculative")
 FORMATS = {
     "mtp": Format(_read_ours, lambda model, tokenizer, c: mtp.save(model, c.out, tokenizer)),
     "llama": Format(_read_llama, lambda model, tokenizer, c: save_llama(model, c.out, c.like)),
     "meta": Format(load_meta, _write_meta),
+    "speculative": Format(None, lambda model, tokenizer, c: save_speculative(model, c.out, c.like)),
 }
 
 
 def convert(config: ConvertConfig) -> None:
     dtype = PRECISIONS[config.precision]
-    model, tokenizer = FORMATS[config.source_format].read(config.source, dtype)
+    read = FORMATS[config.source_format].read
+    assert read is not None  # or the config would have been refused
+    model, tokenizer = read(config.source, dtype)
     FORMATS[config.out_format].write(model, tokenizer, config)
     alone = "" if any(Path(config.out).glob("tokenizer*")) else ", without a tokenizer"
     print(f"written: {config.out}{alone}")

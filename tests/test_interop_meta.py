@@ -376,3 +376,13 @@ def test_conversion_takes_precision_and_a_folder_to_be_like(tmp_path):
     scripts.convert(scripts.ConvertConfig(*places, precision="bfloat16", like=str(like)))
     assert (tmp_path / "out/tokenizer.json").read_text() == "a tokenizer"
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_heads_go_out_with_code_that_drafts_and_do_not_come_back(tmp_path):
+    scripts = pytest.importorskip("scripts.convert")
+    source, out = str(tmp_path / "meta"), str(tmp_path / "out")
+    save_meta(tiny(), source)
+    scripts.convert(scripts.ConvertConfig("meta", source, "speculative", out))
+    assert (tmp_path / "out/custom_generate/generate.py").is_file()
+    with pytest.raises(ValueError, match="source_format='speculative': allowed are mtp, llama, me"):
+        scripts.ConvertConfig("speculative", out, "mtp", "elsewhere")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +148,15 @@ def llama_weights(model: Transformer) -> dict[str, Tensor]:
         **{
             f"model.layers.{i}.{name}.weight": tensor
             for i, block in enumerate(blocks)
-            for name, tensor in _layer_weights(block).items()
+            for name, tensor in layer_weights(block).items()
         },
         "model.norm.weight": model.norm.weight,
         "lm_head.weight": model.output.weights[0],
     }
 
 
-def _layer_weights(block: Any) -> dict[str, Tensor]:
+def layer_weights(block: Any) -> dict[str, Tensor]:
+    """Views of one block's weights under a Llama's names, to which `.weight` is added."""
     queries, keys = block.n_heads * block.head_dim, block.kv_heads * block.head_dim
     q, k, v = block.wqkv.weight.split([queries, keys, keys])
     gate, up = block.w13.weight.chunk(2)
@@ -172,28 +173,39 @@ def _layer_weights(block: Any) -> dict[str, Tensor]:
     }
 
 
-def save_llama(model: Transformer, folder: str | Path, like: str | Path | None = None) -> Path:
+def save_llama(
+    model: Transformer,
+    folder: str | Path,
+    like: str | Path | None = None,
+    also: Callable[[Path], object] = lambda folder: None,
+) -> Path:
     """Write trunk and head 1 as a plain LlamaForCausalLM, complete or not at all; other heads stay
     behind. FileExistsError if `folder` exists; OSError, naming it, if it cannot be written whole.
 
     like: a Hugging Face folder of the same vocabulary; its tokenizer, chat template, generation
-    config and special ids come along.
+    config and special ids come along. also: writes to the folder what else is to lie there.
     """
     folder = Path(folder)
-    config, beside = llama_config(model.config), []
+    config = llama_config(model.config)
     config["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     if like is not None:
         config |= _special_ids(Path(like), model.config.vocab_size)
-        beside = [file for name in COMES_ALONG if (file := Path(like) / name).is_file()]
     weights = {name: t.detach().contiguous() for name, t in llama_weights(model).items()}
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
     with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
         write_tensors(weights, temporary / WEIGHTS, PYTORCH)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for file in beside:
+        for file in comes_along(like):
             shutil.copyfile(file, temporary / file.name)
+        also(temporary)
     return folder
+
+
+def comes_along(like: str | Path | None) -> list[Path]:
+    """What an export takes over from a Hugging Face folder."""
+    files = [] if like is None else [Path(like, name) for name in COMES_ALONG]
+    return [file for file in files if file.is_file()]
 
 
 def _special_ids(like: Path, vocab_size: int) -> dict[str, Any]:
