@@ -106,7 +106,7 @@ def whole(folder: Path, needed: int) -> Iterator[Path]:
     try:
         temporary = _reserve(folder, needed)
         yield temporary
-        _publish(temporary, folder)
+        publish(temporary, folder)
     except OSError as error:
         raise OSError(f"cannot write {folder}: {error}") from error
     finally:
@@ -170,10 +170,10 @@ def _write_texts(folder: Path, tokenizer: Tokenizer | None, training: TrainingSt
 
 def _finish(temporary: Path, folder: Path, config: dict[str, Any]) -> None:
     (temporary / _CONFIG).write_text(json.dumps(config, indent=1))
-    _publish(temporary, folder)
+    publish(temporary, folder)
 
 
-def _publish(temporary: Path, folder: Path) -> None:
+def publish(temporary: Path, folder: Path) -> None:
     """Make all durable and give the folder its name."""
     for path in (*temporary.rglob("*"), temporary):
         _sync(path)

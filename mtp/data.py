@@ -360,7 +360,7 @@ class Batches:
         self.n_rows = math.ceil((n_tokens - 1) / seq_len)  # of one epoch
         self._corpus, self._seq_len, self._width, self._seed = corpus, seq_len, width, seed
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._total = math.inf if epochs is None else epochs * self.n_rows
+        self._epochs = math.inf if epochs is None else epochs
         self._identity = {
             "corpus": corpus.fingerprint,
             "seq_len": seq_len,
@@ -373,11 +373,12 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        if self._row >= self._total:
+        total = self._epochs * self.n_rows
+        if self._row >= total:
             raise StopIteration
         number = self._row + self._rank * self._batch_size + np.arange(self._batch_size)
         self._row += self._world_size * self._batch_size
-        return self._assemble(self._in_order(number), number < self._total)
+        return self.take(self._in_order(number), number < total)
 
     def state_dict(self) -> dict[str, Any]:
         return {"row": self._row, **self._identity}
@@ -393,7 +394,8 @@ class Batches:
             row[here] = _permutation(self._seed, int(one), self.n_rows)[row[here]]
         return row
 
-    def _assemble(self, row: np.ndarray, real: np.ndarray) -> Batch:
+    def take(self, row: np.ndarray, real: np.ndarray) -> Batch:
+        """Rows by their numbers (B,); padding where one is not `real` (B,)."""
         corpus, n_tokens = self._corpus, len(self._corpus.tokens)
         index = row[:, None] * self._seq_len + np.arange(self._width)
         inside = (index < n_tokens) & real[:, None]

@@ -44,6 +44,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(x.to(device, non_blocking=True) for x in self))
 
+    @property
+    def known(self) -> dict[str, Tensor]:
+        """What a model is told beside the row, by name: more in `mtp.interop.states`."""
+        return {}
+
 
 def plain_batch(row: Tensor) -> Batch:
     """Rows that are each one whole document, every token a target."""
@@ -364,7 +369,7 @@ class MultiTokenLoss:
         def score(fns, inputs, weights, params):
             return self.score(fns, inputs, weights, targets_NBT, scale_NBT, params)
 
-        loss, nll_NBT = model(batch.row, score=score, cut=self.cut)
+        loss, nll_NBT = model(batch.row, score=score, cut=self.cut, **batch.known)
         sums, counts = (nll_NBT * valid_NBT).sum((1, 2)), valid_NBT.sum((1, 2))
         return loss, {f"loss_{i + 1}": (sums[i], counts[i]) for i in range(self.n_future_tokens)}
 

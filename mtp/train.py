@@ -280,7 +280,7 @@ def validate(
     for batch in batches:
         batch = batch.to(device)
         targets, valid = future_targets(batch, n)
-        nll_NBT, best = model(batch.row, score=_predictor(targets))
+        nll_NBT, best = model(batch.row, score=_predictor(targets), **batch.known)
         agree, usable = agreements(best, valid)
         found = (
             (nll_NBT * valid).sum((1, 2)),

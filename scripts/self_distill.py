@@ -15,6 +15,7 @@ import logging
 import random
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,10 +73,11 @@ def make_prompts(config: SelfDistillConfig, tokenizer: Tokenizer) -> list[Prompt
     """In an order of their own, so that the first ones are like all."""
     documents = list(iter_documents(config.data, held_out=False))
     random.Random(config.seed).shuffle(documents)
-    several = range(len(documents) if config.count is None else config.count)
+    count = len(documents) if config.count is None else config.count
+    several = islice(cycle(documents), count)
     return [
-        Prompt(i, config.seed + i, prompt_of(documents[i % len(documents)], tokenizer, config.prompt_tokens))
-        for i in several
+        Prompt(i, config.seed + i, prompt_of(document, tokenizer, config.prompt_tokens))
+        for i, document in enumerate(several)
     ]
 
 

@@ -1,22 +1,15 @@
 """Consistency training: one packed pass is the windows one by one, and the trainer runs it."""
 
-import json
-from dataclasses import replace
-from itertools import islice, pairwise
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, tiny
+from conftest import tiny
 
-import mtp.loss
 from mtp.consistency import (
     DIVERGENCES,
     ConsistencyLoss,
     TrajectoryBatches,
     _pack,
-    distil,
-    scored,
 )
 from mtp.trajectories import Trajectory
 

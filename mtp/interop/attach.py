@@ -79,17 +79,24 @@ class AttachedHeads(nn.Module):
         self.config: Sizes = trunk.model.config
         self.n_future_tokens = len(heads.heads)
 
-    def forward(self, row: Tensor, score: Score | None = None, cut: str = "latents") -> Any:
+    def forward(
+        self,
+        row: Tensor,
+        score: Score | None = None,
+        cut: str = "latents",
+        states: Tensor | None = None,
+    ) -> Any:
         """Without `score`: ids (B, T) -> the trunk's logits (B, T, V).
 
         With `score`: rows (B, T + n) -> what score(fns, inputs, weights, params) returns for the
         first T positions. The cut is at the latents, whatever `cut` says: of the trunk, which is
-        read without a graph, nothing is kept.
+        read without a graph, nothing is kept. `states`: what `self.states` gave for these positions
+        earlier, and the trunk does not run.
         """
         if score is None:
             return self.trunk.model(row)
         n = self.n_future_tokens
-        h = self._read_whole(row[:, :-n])
+        h = self.states(row[:, :-n]) if states is None else states.to(self.embedding.weight.dtype)
         rotation = self._rotation(torch.arange(h.shape[1], device=h.device))
         first, memo = self.heads.next(h.to(next(self.parameters()).dtype), rotation, None, ())
         rest = self.heads.rest(memo, rotation, None, (), n)
@@ -97,7 +104,7 @@ class AttachedHeads(nn.Module):
         return score([lambda x: x] * n, latents, [self.output.weights[0].detach()], ())
 
     @torch.no_grad()
-    def _read_whole(self, tokens: Tensor) -> Tensor:
+    def states(self, tokens: Tensor) -> Tensor:
         """Ids (B, T) -> what the unembedding reads (B, T, D), as decoding reads a prompt."""
         (rows, length), model = tokens.shape, self.trunk.model
         if length > self.config.max_seq_len:
@@ -105,6 +112,10 @@ class AttachedHeads(nn.Module):
         cache = self._new_cache(self.next_layers, rows, length)
         layout = chain(0, [0] * rows, length, length, self.embedding.weight)
         return self.trunk.norm(model.read(tokens, layout, cache)[0])
+
+    def identity(self) -> dict[str, Any]:
+        """What tells the trunk from others, see `describe`."""
+        return describe(self.trunk)
 
     def _rotation(self, positions: Tensor) -> Any:
         return None if self.rotary is None else self.rotary(positions)
