@@ -1,27 +1,31 @@
 """Prediction heads behind one contract. A head turns the trunk's output z into the latent from
 which token t + i is predicted.
 
-    next(z, *place, layers)           -> latent of head 1, memo: what the other heads read
-    rest(memo, *place, layers, upto)  -> latents of heads 2 .. upto
+    next(z, *place, layers)                   -> latent of head 1, memo: what the others read
+    rest(memo, shared, *place, layers, upto)  -> latents of heads 2 .. upto, one after another
 
-`place` (rotation, layout) and `layers` (one key/value cache per attention layer, or None in
-training) go to the blocks untouched: a head neither knows positions nor caches. `next_layers`
-counts the attention layers that head 1 needs, `rest_layers` those that only drafts need; a decoder
-therefore keeps them in separate caches. `memo_copies` is the memo's width in units of d. Kinds
-(paper, section 2 and appendix B):
+`shared` is what heads use of the model around them. `place` (rotation, layout) and `layers` (one
+key/value cache per attention layer, or None in training) go to the blocks untouched: a head neither
+knows positions nor caches. `next_layers` counts the attention layers that head 1 needs,
+`rest_layers` those that only drafts need; a decoder therefore keeps them in separate caches.
+`memo_copies` is the memo's width in units of d. `reads_ahead` says that head i also reads the
+tokens up to t + i - 1: training gives it those of the text, decoding those that the heads before it
+guess. Kinds (paper, section 2 and appendix B):
 
     transformer  one block per head, all reading z        (the method)
     linear       one d x d map per head, all reading z
     residual     head 1 is z itself, others z + SiLU(Wz)  (Medusa, Cai et al. 2024)
     causal       head i reads head i - 1
     anticausal   head n reads z, head i reads head i + 1, so head 1 comes last
+    sequential   head 1 is z itself, a block per later head reads head i - 1 and token t + i - 1
+                 (DeepSeek-V3, DeepSeek-AI 2024, section 2.2)
 
-Blocks of heads are taken from the trunk; linear and residual heads are small and leave it whole.
+Blocks of heads are taken from the trunk; the other kinds leave it whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Layers = Sequence[Any]
+Make = Callable[[], nn.Module]
+
+
+class Shared(NamedTuple):
+    """norm: the model's last one, which its unembedding wants. future(j): embeddings (B, T, D) of
+    the tokens j ahead, complete once the latent of head j was taken.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+    future: Callable[[int], Tensor]
 
 
 class LinearHead(nn.Module):
@@ -63,6 +77,7 @@ class ParallelHeads(nn.Module):
     """
 
     independent = True
+    reads_ahead = False
     memo_copies = 1
 
     def __init__(self, heads: Sequence[nn.Module], layers_per_head: int) -> None:
@@ -75,8 +90,8 @@ class ParallelHeads(nn.Module):
         return self.heads[0](z, rotation, layout, *layers[:1]), z
 
     def rest(
-        self, memo: Tensor, rotation: Any, layout: Any, layers: Layers, upto: int
-    ) -> list[Tensor]:
+        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+    ) -> Iterable[Tensor]:
         return [
             head(memo, rotation, layout, *layers[i : i + 1])
             for i, head in enumerate(self.heads[1:upto])
@@ -85,6 +100,7 @@ class ParallelHeads(nn.Module):
 
 class CausalHeads(nn.Module):
     independent = False
+    reads_ahead = False
     memo_copies = 1
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
@@ -97,8 +113,8 @@ class CausalHeads(nn.Module):
         return first, first
 
     def rest(
-        self, memo: Tensor, rotation: Any, layout: Any, layers: Layers, upto: int
-    ) -> list[Tensor]:
+        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+    ) -> Iterable[Tensor]:
         latents, x = [], memo
         for i, head in enumerate(self.heads[1:upto]):
             x = head(x, rotation, layout, *layers[i : i + 1])
@@ -110,6 +126,7 @@ class AnticausalHeads(nn.Module):
     """The next token needs every head; the memo holds the latents of heads 2..n side by side."""
 
     independent = False
+    reads_ahead = False
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -125,40 +142,90 @@ class AnticausalHeads(nn.Module):
         return x, torch.cat(latents[-2::-1], -1) if len(latents) > 1 else x
 
     def rest(
-        self, memo: Tensor, rotation: Any, layout: Any, layers: Layers, upto: int
-    ) -> list[Tensor]:
+        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+    ) -> Iterable[Tensor]:
         return list(memo.chunk(len(self.heads) - 1, -1)[: upto - 1]) if upto > 1 else []
 
 
-Heads = ParallelHeads | CausalHeads | AnticausalHeads
+class SequentialHead(nn.Module):
+    """A block on [normed embedding of the newest token, normed hidden state]. post_norm: where the
+    head ends in a norm of its own instead of the model's.
+    """
+
+    def __init__(self, dim: int, block: Make, norm: Make, post_norm: Make = nn.Identity) -> None:
+        super().__init__()
+        self.enorm, self.hnorm = norm(), norm()
+        self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.block, self.post_norm = block(), post_norm()
+
+    def forward(
+        self, x: Tensor, embedded: Tensor, rotation: Any, layout: Any, layer: Any = None
+    ) -> Tensor:
+        """x, embedded (B, T, D) -> latent (B, T, D)."""
+        y = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(x)], -1))
+        return self.post_norm(self.block(y.to(x.dtype), rotation, layout, layer))
+
+
+class SequentialHeads(nn.Module):
+    """Each reads what the unembedding reads of the one before, as servers of such heads have it."""
+
+    independent = False
+    reads_ahead = True
+    memo_copies = 1
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([IdentityHead(), *heads])
+        self.next_layers, self.rest_layers = 0, len(heads)
+
+    def next(self, z: Tensor, rotation: Any, layout: Any, layers: Layers) -> tuple[Tensor, Tensor]:
+        return self.heads[0](z, rotation, layout), z
+
+    def rest(
+        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+    ) -> Iterator[Tensor]:
+        x = memo
+        for i, head in enumerate(self.heads[1:upto]):
+            embedded = shared.future(i + 1)
+            x = head(shared.norm(x), embedded, rotation, layout, *layers[i : i + 1])
+            yield x
+
+
+Heads = ParallelHeads | CausalHeads | AnticausalHeads | SequentialHeads
 
 
 class HeadKind(NamedTuple):
-    """build(n, dim, block factory) -> heads. takes_blocks: they are blocks of the trunk."""
+    """build(n, dim, block, norm) -> heads, of new blocks and norms like the model's own.
+    takes_blocks: they are blocks of the trunk.
+    """
 
-    build: Callable[[int, int, Callable[[], nn.Module]], Heads]
+    build: Callable[[int, int, Make, Make], Heads]
     takes_blocks: bool
 
 
-def _parallel(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+def _parallel(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return ParallelHeads([block() for _ in range(n)], layers_per_head=1)
 
 
-def _linear(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+def _linear(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return ParallelHeads([LinearHead(dim) for _ in range(n)], layers_per_head=0)
 
 
-def _residual(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+def _residual(n: int, dim: int, block: Make, norm: Make) -> Heads:
     later = [ResidualHead(dim) for _ in range(n - 1)]
     return ParallelHeads([IdentityHead(), *later], layers_per_head=0)
 
 
-def _causal(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+def _causal(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return CausalHeads([block() for _ in range(n)])
 
 
-def _anticausal(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+def _anticausal(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return AnticausalHeads([block() for _ in range(n)])
+
+
+def _sequential(n: int, dim: int, block: Make, norm: Make) -> Heads:
+    return SequentialHeads([SequentialHead(dim, block, norm) for _ in range(n - 1)])
 
 
 HEADS: dict[str, HeadKind] = {
@@ -167,4 +234,5 @@ HEADS: dict[str, HeadKind] = {
     "residual": HeadKind(_residual, takes_blocks=False),
     "causal": HeadKind(_causal, takes_blocks=True),
     "anticausal": HeadKind(_anticausal, takes_blocks=True),
+    "sequential": HeadKind(_sequential, takes_blocks=False),
 }

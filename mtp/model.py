@@ -13,8 +13,9 @@ width, V vocabulary, S slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp.decode.contract import Layout
-from mtp.heads import HEADS
+from mtp.heads import HEADS, Shared
 from mtp.loss import CUTS, Score, is_sharded
 from mtp.packed import Matrix, PackedLinear, can_pack, project, with_packed_linears
 
@@ -40,10 +41,10 @@ class ModelConfig:
     """Meta's names, so that a `params.json` reads as this. `n_layers` counts trunk blocks and block
     heads together.
 
-    A trunk that keeps its L blocks beside n heads is `n_layers = L + n - 1`. Linear and residual
-    heads take no block from the trunk. hidden_dim: width of the feed-forward layer, by default 8/3
-    dim rounded up to `multiple_of`. rope_scaling: how Llama 3.1 slows its rotary positions, by the
-    names of its own config, see `slowed`.
+    A trunk that keeps its L blocks beside n heads is `n_layers = L + n - 1`. Linear, residual and
+    sequential heads take no block from the trunk. hidden_dim: width of the feed-forward layer, by
+    default 8/3 dim rounded up to `multiple_of`. rope_scaling: how Llama 3.1 slows its rotary
+    positions, by the names of its own config, see `slowed`.
     """
 
     dim: int = 256
@@ -297,6 +298,10 @@ class Unembedding(nn.Module):
         return score(latents, self.weights)
 
 
+def _unembed(head: int, latents: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return F.linear(latents[0], weights[head % len(weights)])
+
+
 class Transformer(nn.Module):
     """Trunk and n heads. `model(tokens)` gives next-token logits; `model(row, score=...)` trains;
     `read` and `guess` decode.
@@ -308,7 +313,10 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.trunk = nn.ModuleList([Block(config) for _ in range(config.trunk_layers)])
         self.heads = HEADS[config.head].build(
-            config.n_future_tokens, config.dim, lambda: Block(config)
+            config.n_future_tokens,
+            config.dim,
+            lambda: Block(config),
+            lambda: nn.RMSNorm(config.dim, eps=config.norm_eps),
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = Unembedding(config)
@@ -356,7 +364,8 @@ class Transformer(nn.Module):
         upto: int | None = None,
         layout: Layout | None = None,
     ) -> Any:
-        """Without `score`: ids (B, T) -> logits (B, T, V), or (B, T, N, V) of all heads.
+        """Without `score`: ids (B, T) -> logits (B, T, V), or (B, T, N, V) of all heads. Heads that
+        read ahead find the heads' own choices beyond the end of `tokens`.
 
         With `score`: rows (B, T + n) -> whatever score(fns, inputs, weights, params) returns for
         the first T positions; with `upto`, of heads 1..upto alone, rows are (B, T + upto).
@@ -368,10 +377,7 @@ class Transformer(nn.Module):
         length = tokens.shape[1] - (n if score else 0)
         place = self._place(length, layout)
         if score is None:
-            latents = self._latents(self._trunk(tokens, place), place, n if return_all_heads else 1)
-            logits = self.output(
-                latents, lambda x, w: [F.linear(z, w[i % len(w)]) for i, z in enumerate(x)]
-            )
+            logits = self._logits_of_heads(tokens, place, n if return_all_heads else 1)
             return torch.stack(logits, 2) if return_all_heads else logits[0]
         if cut not in CUTS:
             raise ValueError(f"cut={cut!r} is unknown: allowed are {', '.join(CUTS)}")
@@ -381,9 +387,22 @@ class Transformer(nn.Module):
             return self.output(
                 [z], lambda x, w: score(self._head_fns(place)[:n], x, w, self._head_params())
             )
-        return self.output(
-            self._latents(z, place, n), lambda x, w: score([lambda latent: latent] * n, x, w, ())
-        )
+        latents = [*self._latents(z, place, lambda j: self._ahead(tokens, j, length), n)]
+        return self.output(latents, lambda x, w: score([lambda latent: latent] * n, x, w, ()))
+
+    def _logits_of_heads(self, tokens: Tensor, place: Place, upto: int) -> list[Tensor]:
+        text, length, logits = tokens, tokens.shape[1], []
+
+        def future(j: int) -> Tensor:
+            return self._ahead(text, j, length)
+
+        for latent in self._latents(self._trunk(tokens, place), place, future, upto):
+            logits.append(self.output([latent], partial(_unembed, len(logits))))
+            text = torch.cat([text, logits[-1][:, -1:].argmax(-1)], 1)
+        return logits
+
+    def _ahead(self, text: Tensor, j: int, length: int) -> Tensor:
+        return self.embedding(text[:, j : j + length])
 
     def _place(self, length: int, layout: Layout | None) -> Place:
         if layout is not None:
@@ -398,9 +417,13 @@ class Transformer(nn.Module):
             x = block(x, *place)
         return x
 
-    def _latents(self, z: Tensor, place: Place, upto: int) -> list[Tensor]:
+    def _latents(
+        self, z: Tensor, place: Place, future: Callable[[int], Tensor], upto: int
+    ) -> Iterator[Tensor]:
         first, memo = self.heads.next(z, *place, ())
-        return [self.norm(x) for x in (first, *self.heads.rest(memo, *place, (), upto))]
+        yield self.norm(first)
+        rest = self.heads.rest(memo, Shared(self.norm, future), *place, (), upto)
+        yield from map(self.norm, rest)
 
     def _head_fns(self, place: Place) -> list[Callable[[Tensor], Tensor]]:
         if not self.heads.independent:
@@ -446,6 +469,11 @@ class Transformer(nn.Module):
         return self.config.n_future_tokens - 1
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether a head reads the guesses of those before it."""
+        return self.heads.reads_ahead
+
+    @property
     def memo_dim(self) -> int:
         return self.config.dim * self.heads.memo_copies
 
@@ -467,16 +495,28 @@ class Transformer(nn.Module):
             x = block.forward(x, rotation, layout, layer)
         return self.heads.next(x, rotation, layout, cache.layers[len(self.trunk) :])
 
-    def guess(self, memo: Tensor, layout: Layout, cache: Cache, upto: int) -> list[Tensor]:
-        """memo (R, T, D') -> latents (R, T, D) of heads 2..upto."""
-        return self.heads.rest(memo, self.rotary(layout.positions), layout, cache.layers, upto)
+    def guess(
+        self,
+        memo: Tensor,
+        future: Callable[[int], Tensor],
+        layout: Layout,
+        cache: Cache,
+        upto: int,
+    ) -> Iterable[Tensor]:
+        """memo (R, T, D') -> latents (R, T, D) of heads 2..upto, one after another. future(j):
+        embeddings (R, T, D) of the tokens j ahead, which only heads that read ahead ask for.
+        """
+        shared, rotation = Shared(self.norm, future), self.rotary(layout.positions)
+        return self.heads.rest(memo, shared, rotation, layout, cache.layers, upto)
 
     def logits(self, latent: Tensor) -> Tensor:
         """Latent of head 1 (..., D) -> its logits (..., V)."""
         return project(self.norm(latent), self.output.matrices[0])
 
-    def draft_logits(self, latents: Sequence[Tensor], matrices: Sequence[Matrix] = ()) -> Tensor:
-        """One latent (R, D) of each of heads 2, 3, ... -> their logits (R, K, V).
+    def draft_logits(
+        self, latents: Sequence[Tensor], matrices: Sequence[Matrix] = (), first: int = 2
+    ) -> Tensor:
+        """One latent (R, D) of each of heads first, first + 1, ... -> their logits (R, K, V).
 
         matrices: used in place of the unembedding's own, such as some of their `rows`.
         """
@@ -484,5 +524,5 @@ class Transformer(nn.Module):
         latent = self.norm(torch.stack(list(latents), 1))
         if len(matrices) == 1:
             return project(latent, matrices[0])
-        heads = enumerate(latent.unbind(1), 1)
+        heads = enumerate(latent.unbind(1), first - 1)
         return torch.stack([project(x, matrices[i]) for i, x in heads], 1)

@@ -19,6 +19,7 @@ READS = {
     & ~torch.eye(N, 1, dtype=torch.bool),  # head 1 is the trunk's output: it has no parameters
     "causal": torch.ones(N, N, dtype=torch.bool).tril(),
     "anticausal": torch.ones(N, N, dtype=torch.bool).triu(),
+    "sequential": torch.ones(N, N, dtype=torch.bool).tril() & ~torch.eye(N, 1, dtype=torch.bool),
 }
 
 
@@ -47,14 +48,26 @@ def test_each_head_reads_the_heads_of_its_kind_and_no_others(kind, device):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", range(N))
 def test_no_head_sees_later_tokens_and_all_see_every_earlier_one(kind, head, device):
-    model = tiny(kind).to(device)
-    seen = []
-    model.embedding.register_forward_hook(lambda module, args, out: seen.append(out))
-    logits = model(TOKENS.to(device), return_all_heads=True)
-    for t in range(TOKENS.shape[1]):
-        (grad,) = torch.autograd.grad(logits[:, t, head].square().sum(), seen, retain_graph=True)
-        reached = grad.abs().sum(-1) > 0
-        assert reached[:, : t + 1].all() and not reached[:, t + 1 :].any()
+    """Earlier than the one it predicts if it reads ahead, else up to its place."""
+    model, row = tiny(kind).to(device), torch.tensor([7, 1, 12, 3, 0, 9, 4, 11, 5], device=device)
+    logits = model(row[None], return_all_heads=True)
+    for t in range(len(row) - N):
+        score = logits[:, t, head].square().sum()
+        (grad,) = torch.autograd.grad(score, model.embedding.weight, retain_graph=True)
+        reached = grad[row].abs().sum(-1) > 0  # tokens differ: each has a row of its own
+        end = t + 1 + (head if model.reads_ahead else 0)
+        assert reached[:end].all() and not reached[end:].any()
+
+
+def test_beyond_the_end_heads_that_read_ahead_find_their_own_choices(device):
+    model = tiny("sequential", gain=1.4).to(device)
+    text, length = TOKENS.to(device), TOKENS.shape[1]
+    logits = model(text, return_all_heads=True)
+    for head in range(N):
+        chosen = logits[:, -1:, head].argmax(-1)
+        text = torch.cat([text, chosen], 1)
+    wanted = model(text, return_all_heads=True)[:, :length]
+    torch.testing.assert_close(logits, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,6 +121,14 @@ def test_block_heads_are_taken_from_the_trunk_so_size_does_not_grow_with_n(kind)
     assert len({parameters(tiny(kind, n_future_tokens=n)) for n in (1, 2, 4)}) == 1
 
 
+def test_sequential_heads_add_blocks_maps_and_norms_to_a_whole_trunk():
+    model = tiny("sequential")
+    dim, (trunk, *_, last) = model.config.dim, model.blocks
+    assert len(model.trunk) == model.config.n_layers
+    assert parameters(last) == parameters(trunk) + 2 * dim**2 + 2 * dim
+    assert parameters(model) == parameters(tiny("transformer")) + (N - 1) * parameters(last)
+
+
 @pytest.mark.parametrize(("kind", "maps"), [("linear", N), ("residual", N - 1)])
 def test_map_heads_add_their_maps_to_a_whole_trunk(kind, maps):
     model = tiny(kind)
@@ -127,4 +148,5 @@ def test_layers_of_the_next_token_and_of_drafts_are_all_attention_layers(kind):
     model = tiny(kind)
     attention = sum(name.endswith("wqkv") for name, _ in model.named_modules())
     assert model.next_layers + model.rest_layers == attention
-    assert model.rest_layers == (N - 1 if kind in ("transformer", "causal") else 0)
+    alone = kind in ("transformer", "causal", "sequential")
+    assert model.rest_layers == (N - 1 if alone else 0)

@@ -115,15 +115,15 @@ def test_a_copied_head_is_named():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_untrained_model_is_not_sound(kind):
-    assert any("head 1" in said for said in found(tiny(kind, vocab_size=VOCAB)))
+    assert any("head 1" in said for said in found(tiny(kind, seed=1, vocab_size=VOCAB)))
 
 
 class Forgetful(OwnHeads):
     """Reads the newest token alone, so that what was accepted before it is never read."""
 
-    def _read(self, state, first, last):
-        self.reader.seen[first:last] = [length - 1 for length in state.length[first:last]]
-        return super()._read(state, first, last)
+    def propose(self, state, k):
+        self.reader.seen = [length - 1 for length in state.length]
+        return super().propose(state, k)
 
 
 STALE = "a cache of the heads is stale"

@@ -57,12 +57,16 @@ def plain_block(x, block, config):
     return x + (gate * gate.sigmoid() * up) @ block.w2.weight.T
 
 
-def plain_model(model, tokens):
-    """Logits (B, T, N, V) of a model with transformer heads."""
-    config = model.config
+def plain_trunk(model, tokens):
     z = model.embedding.weight[tokens]
     for block in model.trunk:
-        z = plain_block(z, block, config)
+        z = plain_block(z, block, model.config)
+    return z
+
+
+def plain_model(model, tokens):
+    """Logits (B, T, N, V) of a model with transformer heads."""
+    config, z = model.config, plain_trunk(model, tokens)
     latents = [
         plain_norm(plain_block(z, head, config), model.norm.weight, config.norm_eps)
         for head in model.heads.heads
@@ -96,6 +100,24 @@ def test_logits_equal_an_independent_llama(overrides, device):
     )
 
 
+def test_sequential_heads_equal_ones_written_plainly(device):
+    """DeepSeek-V3, section 2.2: each reads the token after those that the one before read."""
+    model, tokens = tiny("sequential").to(device), ids(2, 9 + N - 1, device)
+    eps = model.config.norm_eps
+    hidden = plain_norm(plain_trunk(model, tokens), model.norm.weight, eps)
+    wanted = [hidden]
+    for head in model.heads.heads[1:]:
+        tokens, hidden = tokens[:, 1:], hidden[:, :-1]
+        embedded = plain_norm(model.embedding.weight[tokens], head.enorm.weight, eps)
+        both = torch.cat([embedded, plain_norm(hidden, head.hnorm.weight, eps)], -1)
+        latent = plain_block(both @ head.eh_proj.weight.T, head.block, model.config)
+        hidden = plain_norm(latent, model.norm.weight, eps)
+        wanted.append(hidden)
+    wanted = torch.stack([x[:, :9] @ model.output.weights[0].T for x in wanted], 2)
+    got = model(ids(2, 9 + N - 1, device), return_all_heads=True)[:, :9]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
 def test_grouped_queries_equal_repeated_keys_and_values(device):
     grouped = tiny(dim=32, n_heads=4, n_kv_heads=2).to(device)
     full = tiny(dim=32, n_heads=4, n_kv_heads=4).to(device)
@@ -125,19 +147,26 @@ def test_rotation_depends_on_distance_only(device):
 
 
 class Reader:
-    """Feeds pieces of text through caches -> logits of every head (rows, columns, N, V)."""
+    """Feeds pieces of text through caches -> logits of every head (rows, columns, N, V). text: with
+    the tokens that heads find ahead.
+    """
 
-    def __init__(self, model, rows):
-        self.model = model
-        self.cache = model.new_cache(model.next_layers, rows, SLOTS)
-        self.rest = model.new_cache(model.rest_layers, rows, SLOTS)
+    def __init__(self, model, text):
+        self.model, self.text = model, text
+        self.cache = model.new_cache(model.next_layers, len(text), SLOTS)
+        self.rest = model.new_cache(model.rest_layers, len(text), SLOTS)
 
     @torch.no_grad()
     def __call__(self, tokens, starts, first_row=0):
         layout = chain(first_row, starts, tokens.shape[1], SLOTS, self.cache.k)
         first, memo = self.model.read(tokens, layout, self.cache)
         assert memo.shape[-1] == self.model.memo_dim
-        latents = [x.flatten(0, 1) for x in self.model.guess(memo, layout, self.rest, N)]
+
+        def future(j):
+            return self.model.embedding(self.text[layout.rows].gather(1, layout.positions + j))
+
+        guessed = self.model.guess(memo, future, layout, self.rest, N)
+        latents = [x.flatten(0, 1) for x in guessed]
         drafts = self.model.draft_logits(latents).unflatten(0, tokens.shape)
         return torch.cat([self.model.logits(first)[:, :, None], drafts], 2)
 
@@ -148,25 +177,24 @@ OVERRIDES = [{}, {"unembedding": "replicated"}]
 @pytest.mark.parametrize("overrides", OVERRIDES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_in_pieces_gives_the_uncached_logits(kind, overrides, device):
-    model, tokens = tiny(kind, **overrides).to(device), ids(2, 14, device)
-    read, logits, at = Reader(model, 2), [], 0
+    model, text = tiny(kind, **overrides).to(device), ids(2, 14 + N, device)
+    read, logits, at = Reader(model, text), [], 0
     for piece in (3, 1, 1, 4, 2, 3):
-        logits.append(read(tokens[:, at : at + piece], [at, at]))
+        logits.append(read(text[:, at : at + piece], [at, at]))
         at += piece
-    torch.testing.assert_close(
-        torch.cat(logits, 1), model(tokens, return_all_heads=True), rtol=0, atol=1e-10
-    )
+    truth = model(text, return_all_heads=True)[:, :14]
+    torch.testing.assert_close(torch.cat(logits, 1), truth, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_different_lengths_share_a_pass(kind, device):
-    model, tokens, lengths = tiny(kind).to(device), ids(3, 14, device), [5, 1, 8]
-    truth, read = model(tokens, return_all_heads=True), Reader(model, 3)
+    model, text, lengths = tiny(kind).to(device), ids(3, 14 + N, device), [5, 1, 8]
+    truth, read = model(text, return_all_heads=True), Reader(model, text)
     for row, length in enumerate(lengths):
-        read(tokens[row : row + 1, :length], [0], first_row=row)
+        read(text[row : row + 1, :length], [0], first_row=row)
     for columns in (1, 4):
         piece = torch.stack(
-            [tokens[row, length : length + columns] for row, length in enumerate(lengths)]
+            [text[row, length : length + columns] for row, length in enumerate(lengths)]
         )
         wanted = torch.stack(
             [truth[row, length : length + columns] for row, length in enumerate(lengths)]
@@ -177,30 +205,31 @@ def test_rows_of_different_lengths_share_a_pass(kind, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rejected_columns_leave_no_trace(kind, device):
-    model, tokens = tiny(kind).to(device), ids(2, 14, device)
-    wrong, read = (tokens + 1) % 13, Reader(model, 2)
-    truth = model(tokens, return_all_heads=True)
-    read(tokens[:, :4], [0, 0])
-    read(torch.cat([tokens[:, 4:5], wrong[:, 5:9]], 1), [4, 4])
+    model, text = tiny(kind).to(device), ids(2, 14 + N, device)
+    wrong, read = (text + 1) % 13, Reader(model, text)
+    truth = model(text, return_all_heads=True)
+    read(text[:, :4], [0, 0])
+    read(torch.cat([text[:, 4:5], wrong[:, 5:9]], 1), [4, 4])
     for row, columns in (
         (0, 2),
         (1, 1),
     ):  # shorter than what was rejected, so that rejected slots remain behind
-        got = read(tokens[row : row + 1, 5 : 5 + columns], [5], first_row=row)
+        got = read(text[row : row + 1, 5 : 5 + columns], [5], first_row=row)
         torch.testing.assert_close(got, truth[row : row + 1, 5 : 5 + columns], rtol=0, atol=1e-10)
-    got = read(torch.stack([tokens[0, 7:9], tokens[1, 6:8]]), [7, 6])
+    got = read(torch.stack([text[0, 7:9], text[1, 6:8]]), [7, 6])
     torch.testing.assert_close(got, torch.stack([truth[0, 7:9], truth[1, 6:8]]), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copied_row_continues_like_its_source(kind, device):
-    model, tokens = tiny(kind).to(device), ids(1, 9, device)
-    read = Reader(model, 3)
-    read(tokens[:, :6], [0], first_row=0)
+    model, text = tiny(kind).to(device), ids(1, 9 + N, device)
+    read = Reader(model, text.expand(3, -1))
+    read(text[:, :6], [0], first_row=0)
     for cache in (read.cache, read.rest):
         cache.copy(0, 2, 6)
-    got = read(tokens[:, 6:], [6], first_row=2)
-    torch.testing.assert_close(got, model(tokens, return_all_heads=True)[:, 6:], rtol=0, atol=1e-10)
+    got = read(text[:, 6:9], [6], first_row=2)
+    truth = model(text, return_all_heads=True)[:, 6:9]
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-10)
 
 
 def test_more_columns_than_slots_are_refused():
@@ -229,7 +258,8 @@ def test_tokens_beyond_the_context_are_refused(device):
 def test_slots_beyond_the_context_have_positions_of_their_own(device):
     short, long = tiny(max_seq_len=8).to(device), tiny(max_seq_len=96).to(device)
     tokens = ids(1, 12, device)
-    torch.testing.assert_close(Reader(short, 1)(tokens, [0]), long(tokens, return_all_heads=True))
+    read = Reader(short, tokens)(tokens, [0])
+    torch.testing.assert_close(read, long(tokens, return_all_heads=True))
 
 
 def test_weights_are_a_function_of_the_generator():

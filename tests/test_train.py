@@ -341,7 +341,7 @@ def brute_force(model, given, bytes_per_token):
     nll, count = [0.0] * N, [0] * N
     agreed, lengths = [0] * N, []
     for row, doc, keep in given:
-        logits = model(row[:, :-N], return_all_heads=True).detach()
+        logits = model(row, return_all_heads=True)[:, :-N].detach()
         best, logp = logits.argmax(-1), logits.log_softmax(-1)
         for b in range(len(row)):
             length = row.shape[1] - N

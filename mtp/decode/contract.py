@@ -162,7 +162,8 @@ class Target(Protocol):
     of `mtp.model.Cache`.
 
     next_layers, rest_layers: attention layers that the next token needs, and that only drafts need.
-    extra_heads: how many heads can draft; where there are some, `OwnHeads` asks for more.
+    extra_heads: how many heads can draft; where there are some, `OwnHeads` asks for more, such as
+    reads_ahead: whether a head reads the guesses of those before it.
     """
 
     @property

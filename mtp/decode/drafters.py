@@ -8,7 +8,8 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,18 +33,46 @@ class Reader:
         self.seen[row] = known
         return known < length
 
-    def catch_up(self, first: int, ends: list[int]) -> tuple[Layout, list[int]]:
+    def catch_up(
+        self, first: int, ends: list[int], provisional: int = 0
+    ) -> tuple[Layout, list[int]]:
         """The pass after which rows from `first` on hold ends[r] tokens each, and the column of
-        each row's last one. All are as wide as the row that lags most; they read some anew.
+        each row's last one. All are as wide as the row that lags most; they read some anew, as
+        they do with the last `provisional` ones in the next pass.
         """
         rows = slice(first, first + len(ends))
         # Without layers there is nothing to catch up with.
         seen = self.seen[rows] if self.cache.layers else ends
         width = max(1, *(end - known for end, known in zip(ends, seen, strict=True)))
         starts = [max(0, end - width) for end in ends]
-        self.seen[rows] = ends
+        self.seen[rows] = [max(0, end - provisional) for end in ends]
         layout = chain(first, starts, width, self.cache.slots, self.cache.k)
         return layout, [end - 1 - start for end, start in zip(ends, starts, strict=True)]
+
+
+class Future:
+    """Tokens that follow those of a pass, to be embedded for heads that read ahead. Beyond the
+    pending token they are guesses, which heads make one after another.
+    """
+
+    def __init__(self, model: Any, text: Tensor, layout: Layout, most: int) -> None:
+        self.model, self.text, self.layout, self.most = model, text, layout, most
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(R, T + most), from the first token of the pass on."""
+        rows, width = self.layout.positions.shape
+        first = self.layout.where.view(rows, width)[:, :1]
+        columns = torch.arange(width + self.most, device=first.device)
+        return self.text.flatten()[first + columns]
+
+    def guess(self, columns: Sequence[int], tokens: Tensor) -> None:
+        """tokens (R, 1), one at each row's column."""
+        self.tokens[range(len(columns)), columns] = tokens[:, 0]
+
+    def __call__(self, j: int) -> Tensor:
+        width = self.layout.positions.shape[1]
+        return self.model.embedding(self.tokens[:, j : j + width])
 
 
 class OwnHeads:
@@ -54,7 +83,7 @@ class OwnHeads:
     step, the most probable paths through the heads' best tokens, instead of one chain. vocabulary:
     the only token ids that heads score; few and frequent ones make a step shorter. Others have no
     chance, and fill a tree only where it has room left. Every head kind works: what a head needs is
-    in the memo.
+    in the memo, or in the guesses of those before it, which then are no tree.
     """
 
     needs_memo = True
@@ -79,7 +108,13 @@ class OwnHeads:
         if self.wanted is not None and self.wanted > most:
             raise ValueError(f"depth={self.wanted} exceeds the model's {most} extra heads")
         self.depth = self.wanted or most
+        if self.tree and model.reads_ahead:
+            raise ValueError(
+                f"tree={self.tree} needs heads that guess without each other: the model's read the "
+                f"guesses of those before, which are one chain"
+            )
         self.nodes = self.tree or self.depth
+        self.ahead = self.depth if model.reads_ahead else 0
         self.model = model
         if self.vocabulary is not None:
             self._take_rows(self.vocabulary)
@@ -95,30 +130,56 @@ class OwnHeads:
         self.reader = Reader(self.model.new_cache(self.model.rest_layers, rows, slots), rows)
 
     def admit(self, state: State, row: int, source: int | None) -> None:
-        if self.reader.admit(row, source, state.length[row]):
+        known = max(0, state.length[row] - self.ahead)  # what no guess has a part in
+        if self.reader.admit(row, source, known):
             # alone, so that a long prompt does not widen everyone's window
-            self._read(state, row, row + 1)
+            layout, _ = self.reader.catch_up(row, [known])
+            for _ in self._guess(state, layout, self._future(state, layout)):
+                pass  # heads fill their caches
 
     def propose(self, state: State, k: int) -> Draft:
-        logits = self._logits(self._read(state, 0, len(state.length))[:k])
+        # The pending token is certain, so one guess fewer has a part in a head's last entries.
+        layout, columns = self.reader.catch_up(0, state.length, max(0, self.ahead - 1))
+        future = self._future(state, layout)
+        latents = (_at(x, columns) for x in self._guess(state, layout, future))
+        if self.ahead:
+            return self._propose_in_turn(state, k, columns, future, latents)
+        logits = self._logits([*latents][:k])
         return best_tree(state.scores(logits), self.tree) if self.tree else state.draw(logits)
 
-    def _read(self, state: State, first: int, last: int) -> list[Tensor]:
-        """Bring rows first..last-1 up to date; -> latent (R, D) of each extra head at each row's
-        last position.
-        """
-        assert state.memo is not None
-        layout, columns = self.reader.catch_up(first, state.length[first:last])
-        memo = state.memo.flatten(0, 1).index_select(0, layout.where)
-        memo = memo.view(last - first, -1, memo.shape[-1])
-        latents = self.model.guess(memo, layout, self.reader.cache, self.depth + 1)
-        return [_at(x, columns) for x in latents]
+    def _propose_in_turn(
+        self,
+        state: State,
+        k: int,
+        columns: list[int],
+        future: Future,
+        latents: Iterable[Tensor],
+    ) -> Draft:
+        """Each guess is what the next head reads. All heads run, to fill their caches."""
+        drafts: list[Draft] = []
+        for i, latent in enumerate(latents):
+            if i < k:
+                drafts.append(state.draw(self._logits([latent], i), i))
+                future.guess([column + 2 + i for column in columns], drafts[i].tokens)
+        return _line(drafts)
 
-    def _logits(self, latents: list[Tensor]) -> Tensor:
-        """Latents (R, D) -> logits (R, K, V), -inf for tokens that are not to be guessed."""
+    def _future(self, state: State, layout: Layout) -> Future:
+        return Future(self.model, state.text, layout, 1 + self.depth)
+
+    def _guess(self, state: State, layout: Layout, future: Future) -> Iterable[Tensor]:
+        """-> latents (R, T, D) of the extra heads, one after another."""
+        assert state.memo is not None
+        memo = state.memo.flatten(0, 1).index_select(0, layout.where)
+        memo = memo.view(*layout.positions.shape, memo.shape[-1])
+        return self.model.guess(memo, future, layout, self.reader.cache, self.depth + 1)
+
+    def _logits(self, latents: list[Tensor], skipped: int = 0) -> Tensor:
+        """Latents (R, D), after those of `skipped` extra heads -> logits (R, K, V), -inf for tokens
+        that are not to be guessed.
+        """
         if self.vocabulary is None:
-            return self.model.draft_logits(latents)
-        some = self.model.draft_logits(latents, self.matrices)
+            return self.model.draft_logits(latents, first=2 + skipped)
+        some = self.model.draft_logits(latents, self.matrices, first=2 + skipped)
         sizes = (*some.shape[:-1], self.model.config.vocab_size)
         return some.new_full(sizes, float("-inf")).index_copy_(-1, self.ids, some)
 
@@ -163,9 +224,7 @@ class DraftModel:
             at = chain(0, [n + ahead for n in state.length], 1, cache.slots, cache.k)
             latent, _ = self.model.read(drafts[-1].tokens, at, cache)
             drafts.append(state.draw(self.model.logits(latent), ahead))
-        probs = [draft.probs for draft in drafts if draft.probs is not None]
-        tokens = torch.cat([draft.tokens for draft in drafts], 1)
-        return Draft(tokens, torch.cat(probs, 1) if probs else None)
+        return _line(drafts)
 
     def _read(self, text: Tensor, first: int, ends: list[int]) -> Tensor:
         """Bring rows from `first` on up to ends[r] tokens; -> latent (R, 1, D) of the last."""
@@ -252,6 +311,13 @@ def best_tree(scores: Tensor, nodes: int) -> Draft:
     parent = torch.cat(parents, 1).gather(1, kept)
     place = torch.searchsorted(kept, parent.clamp(min=0))
     return Draft(torch.cat(tokens, 1).gather(1, kept), parents=torch.where(parent < 0, -1, place))
+
+
+def _line(drafts: Sequence[Draft]) -> Draft:
+    """Guesses of one token each as one chain."""
+    probs = [draft.probs for draft in drafts if draft.probs is not None]
+    tokens = torch.cat([draft.tokens for draft in drafts], 1)
+    return Draft(tokens, torch.cat(probs, 1) if probs else None)
 
 
 def _at(x: Tensor, columns: Sequence[int]) -> Tensor:

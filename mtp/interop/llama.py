@@ -24,7 +24,8 @@ from mtp.heads import HEADS
 from mtp.model import Block, ModelConfig, Transformer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-KINDS = ("transformer", "causal", "residual")  # head 1 is a layer of the trunk's kind, or nothing
+# Head 1 is a layer of the trunk's kind, or nothing.
+KINDS = ("transformer", "causal", "residual", "sequential")
 TYPES = ("F64", "F32", "F16", "BF16")
 
 SIZES = {

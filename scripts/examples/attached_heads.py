@@ -22,12 +22,11 @@ class AttachedHeads(nn.Module):
 
     def __init__(self, causal_lm: Any, n_future_tokens: int, head: str = "residual") -> None:
         super().__init__()
-        allowed = [name for name, kind in HEADS.items() if not kind.takes_blocks]
-        if head not in allowed:
-            raise ValueError(f"head={head!r} cannot be attached: allowed are {', '.join(allowed)}")
+        if head not in ("linear", "residual"):
+            raise ValueError(f"head={head!r} cannot be attached: allowed are linear, residual")
         self.causal_lm, self.n_future_tokens = causal_lm, n_future_tokens
         weight_VD = causal_lm.get_output_embeddings().weight
-        heads = HEADS[head].build(n_future_tokens, weight_VD.shape[1], nn.Identity)
+        heads = HEADS[head].build(n_future_tokens, weight_VD.shape[1], nn.Identity, nn.Identity)
         for module in heads.modules():
             if isinstance(module, nn.Linear):
                 zero = getattr(module, "starts_at_zero", False)
@@ -42,6 +41,6 @@ class AttachedHeads(nn.Module):
         n = self.n_future_tokens
         z = self.causal_lm.base_model(input_ids=row[:, :-n], use_cache=False).last_hidden_state
         first, memo = self.heads.next(z, None, None, ())
-        latents = [first, *self.heads.rest(memo, None, None, (), n)]
+        latents = [first, *self.heads.rest(memo, None, None, None, (), n)]
         weight_VD = self.causal_lm.get_output_embeddings().weight
         return score([lambda latent: latent] * n, latents, [weight_VD], ())
