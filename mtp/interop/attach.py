@@ -14,6 +14,7 @@ head 1. Kinds:
     residual     h + SiLU(Wh)                        (Medusa, Cai et al. 2024)
     transformer  a block per head, all reading h
     causal       a block per head, reading head i - 1
+    sequential   a block per head, reading head i - 1 and token t + i - 1 (DeepSeek-V3)
 
 Letters: B rows, T positions, N future tokens (heads), D width, R rows of a pass, V vocabulary.
 """
@@ -23,7 +24,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +36,17 @@ from torch import Tensor, nn
 from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.decode.contract import Layout, Sizes, chain
 from mtp.decode.drafters import OwnHeads
-from mtp.heads import HEADS, CausalHeads, Heads, IdentityHead, ParallelHeads
+from mtp.heads import (
+    HEADS,
+    CausalHeads,
+    Heads,
+    IdentityHead,
+    Make,
+    ParallelHeads,
+    SequentialHead,
+    SequentialHeads,
+    Shared,
+)
 from mtp.loss import Score
 from mtp.model import Block, ModelConfig, Rotary, Transformer, Unembedding
 from mtp.packed import Matrix, project, with_packed_linears
@@ -43,18 +56,23 @@ FORMAT_VERSION = 1
 SAMPLED = 4096  # numbers of a parameter that tell it from another one
 
 
-def _parallel(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+def _parallel(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return ParallelHeads([IdentityHead(), *(block() for _ in range(n - 1))], layers_per_head=1)
 
 
-def _causal(n: int, dim: int, block: Callable[[], nn.Module]) -> Heads:
+def _causal(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return CausalHeads([IdentityHead(), *(block() for _ in range(n - 1))])
 
 
-KINDS: dict[str, Callable[[int, int, Callable[[], nn.Module]], Heads]] = {
+def _sequential(n: int, dim: int, block: Make, norm: Make) -> Heads:
+    return SequentialHeads([SequentialHead(dim, block, norm, norm) for _ in range(n - 1)])
+
+
+KINDS: dict[str, Callable[[int, int, Make, Make], Heads]] = {
     "residual": HEADS["residual"].build,
     "transformer": _parallel,
     "causal": _causal,
+    "sequential": _sequential,
 }
 
 
@@ -98,8 +116,10 @@ class AttachedHeads(nn.Module):
         n = self.n_future_tokens
         h = self.states(row[:, :-n]) if states is None else states.to(self.embedding.weight.dtype)
         rotation = self._rotation(torch.arange(h.shape[1], device=h.device))
-        first, memo = self.heads.next(h.to(next(self.parameters()).dtype), rotation, None, ())
-        rest = self.heads.rest(memo, rotation, None, (), n)
+        dtype, embedded = next(self.parameters()).dtype, self.embedding(row).detach()
+        first, memo = self.heads.next(h.to(dtype), rotation, None, ())
+        shared = Shared(_as_it_is, lambda j: embedded[:, j : j + h.shape[1]].to(dtype))
+        rest = self.heads.rest(memo, shared, rotation, None, (), n)
         latents = [x.to(h.dtype) for x in (first, *rest)]
         return score([lambda x: x] * n, latents, [self.output.weights[0].detach()], ())
 
@@ -148,6 +168,10 @@ class AttachedHeads(nn.Module):
         return self.n_future_tokens - 1
 
     @property
+    def reads_ahead(self) -> bool:
+        return self.heads.reads_ahead
+
+    @property
     def memo_dim(self) -> int:
         return self.output.weights[0].shape[1]
 
@@ -173,13 +197,23 @@ class AttachedHeads(nn.Module):
     def logits(self, latent: Tensor) -> Tensor:
         return self.trunk.model.logits(latent)
 
-    def guess(self, memo: Tensor, layout: Layout, cache: Any, upto: int) -> list[Tensor]:
-        """memo (R, T, D) -> latents (R, T, D) of heads 2..upto."""
-        return self.heads.rest(memo, self._rotation(layout.positions), layout, cache.layers, upto)
+    def guess(
+        self, memo: Tensor, future: Callable[[int], Tensor], layout: Layout, cache: Any, upto: int
+    ) -> Iterable[Tensor]:
+        """memo (R, T, D) -> latents (R, T, D) of heads 2..upto, see `Transformer.guess`."""
+        shared, rotation = Shared(_as_it_is, future), self._rotation(layout.positions)
+        return self.heads.rest(memo, shared, rotation, layout, cache.layers, upto)
 
-    def draft_logits(self, latents: Sequence[Tensor], matrices: Sequence[Matrix] = ()) -> Tensor:
-        """One latent (R, D) of each of heads 2, 3, ... -> their logits (R, K, V)."""
+    def draft_logits(
+        self, latents: Sequence[Tensor], matrices: Sequence[Matrix] = (), first: int = 2
+    ) -> Tensor:
+        """One latent (R, D) of each of heads first, first + 1, ... -> their logits (R, K, V)."""
         return project(torch.stack(list(latents), 1), (matrices or self.output.matrices)[0])
+
+
+def _as_it_is(latent: Tensor) -> Tensor:
+    """The norm of heads that read, and end in, what the unembedding reads."""
+    return latent
 
 
 def attach_heads(
@@ -199,10 +233,13 @@ def attach_heads(
     trunk, generator = _open(model), generator or torch.Generator().manual_seed(0)
     weight = trunk.output.weights[0]
     dim, rotary = weight.shape[1], None
-    heads = KINDS[kind](n, dim, lambda: Block(_block_config(model.config, dim)))
+    config = partial(_block_config, model.config, dim, kind)
+    heads = KINDS[kind](n, dim, lambda: Block(config()), lambda: nn.RMSNorm(dim, config().norm_eps))
     if heads.rest_layers:
-        rotary = Rotary(_block_config(model.config, dim))
+        rotary = Rotary(config())
     _start(heads, generator)
+    if kind == "sequential" and isinstance(trunk.norm, nn.RMSNorm):
+        _end_like(heads, trunk.norm)
     return AttachedHeads(trunk, heads.to(weight), kind, rotary)
 
 
@@ -228,8 +265,12 @@ def _packed_end(trunk: Trunk, packed: Any) -> Trunk:
     return Trunk(packed, trunk.norm, output)
 
 
-def _block_config(sizes: Sizes, dim: int) -> ModelConfig:
-    """Keys and values as wide as the trunk's, so that its kind of cache serves both."""
+def _block_config(sizes: Sizes, dim: int, kind: str) -> ModelConfig:
+    """Keys and values as wide as the trunk's, so that its kind of cache serves both. Servers of
+    sequential heads make them of blocks that are the trunk's own in every size.
+    """
+    if kind == "sequential" and isinstance(sizes, ModelConfig):
+        return replace(sizes, head="transformer", n_layers=1, n_future_tokens=1)
     if dim % sizes.head_dim or (dim // sizes.head_dim) % sizes.kv_heads:
         raise ValueError(
             f"kind: no block of width {dim} has {sizes.kv_heads} key heads of "
@@ -248,12 +289,28 @@ def _block_config(sizes: Sizes, dim: int) -> ModelConfig:
 
 @torch.no_grad()
 def _start(heads: nn.Module, generator: torch.Generator) -> None:
-    """Normal with std width^-1/2; zero where a map writes to the residual stream."""
+    """Normal with std width^-1/2; zero where a map writes to the residual stream, which in
+    sequential heads is the hidden state alone at first.
+    """
     for name, module in heads.named_modules():
         if getattr(module, "starts_at_zero", False) or name.endswith((".wo", ".w2")):
             nn.init.zeros_(module.weight)
+        elif name.endswith(".eh_proj"):
+            embedded, hidden = module.get_parameter("weight").chunk(2, 1)
+            nn.init.zeros_(embedded)
+            nn.init.eye_(hidden)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+
+
+@torch.no_grad()
+def _end_like(heads: Heads, norm: nn.RMSNorm) -> None:
+    """Undo the trunk's last norm before the block and do it again after: norms of ones would repeat
+    head 1 at another temperature.
+    """
+    for head in heads.heads[1:]:
+        head.hnorm.weight.copy_(1 / norm.weight)
+        head.post_norm.weight.copy_(norm.weight)
 
 
 def save_heads(model: AttachedHeads, folder: str | Path) -> Path:
