@@ -40,8 +40,35 @@ from mtp.loss import Metrics, StoredGradient, chunk_size, compute_dtype, sequent
 from mtp.trajectories import Trajectory
 
 KINDS = ("global", "local")
+TOO_LONG, ONE_STATE = "responses that are too long", "windows of one state"
 PADDING = -1  # a branch of its own
 MULTIPLE = 64  # row lengths are rounded up to it: few shapes to compile for
+
+
+@dataclass
+class ConsistencyConfig:
+    """trajectories: the folder of a collection, of windows of `window` tokens. kind: the teacher
+    reads the fixed point (global) or the state after the student's (local). The rest: see
+    `ConsistencyLoss`.
+    """
+
+    trajectories: str | None = None
+    window: int = 16
+    kind: str = "global"
+    divergence: str = "forward_kl"  # a key of DIVERGENCES
+    ar_weight: float = 10.0
+    consistency_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"consistency.kind={self.kind!r} is unknown: allowed are {', '.join(KINDS)}"
+            )
+        if self.kind == "local" and self.divergence == "hard":
+            raise ValueError(
+                "consistency.kind='local' compares with what the model says to the next state: "
+                "divergence='hard', the fixed point's tokens, is for 'global'"
+            )
 
 
 # Divergences between predictions, (M, V) logits of student and teacher -> (M,).
@@ -195,8 +222,9 @@ class TrajectoryBatches:
     epoch draws one state of each window, any but the fixed point.
 
     What does not fit is skipped and counted in `skipped`: responses whose row could be longer than
-    `max_columns`, and windows that are only a fixed point, which keep their cross-entropy. Ranks
-    partition each global batch as `mtp.data.Batches` does. ValueError if no response fits.
+    max_columns or whose text is longer than max_positions, and windows that are only a fixed point,
+    which keep their cross-entropy. Ranks partition each global batch as `mtp.data.Batches` does.
+    ValueError if no response fits.
 
     refresh: for on-policy training, new trajectories. Before each batch as many as it has rows take
     the places of the oldest; they are part of the state, and `refreshed` counts them.
@@ -207,6 +235,7 @@ class TrajectoryBatches:
         trajectories: Iterable[Trajectory],
         batch_size: int,
         max_columns: int,
+        max_positions: int,
         kind: str = "global",
         seed: int = 0,
         rank: int = 0,
@@ -217,17 +246,22 @@ class TrajectoryBatches:
             raise ValueError(f"kind={kind!r} is unknown: allowed are {', '.join(KINDS)}")
         self.skipped: Counter[str] = Counter()
         self.refreshed = 0
-        self._kind, self._max_columns, self._batch_size = kind, max_columns, batch_size
+        self._kind, self._batch_size, self._seed = kind, batch_size, seed
+        self._max_columns, self._max_positions = max_columns, max_positions
         self._rank, self._world_size, self._refresh = rank, world_size, refresh
         self._pool = list(self._fitting(trajectories))
         if not self._pool:
             raise ValueError(
-                f"trajectories: none is left of {self.skipped['responses']}: all need rows longer "
-                f"than {max_columns} columns"
+                f"trajectories: of {self.skipped[TOO_LONG]} none fits in rows of {max_columns} "
+                f"columns and texts of {max_positions} tokens"
             )
-        self._seed = seed
-        self._identity = {"trajectories": _fingerprint(self._pool), "kind": kind, "seed": seed}
+        self.fingerprint = _fingerprint(self._pool)
+        self._identity = {"trajectories": self.fingerprint, "kind": kind, "seed": seed}
         self._row = 0
+
+    def __len__(self) -> int:
+        """Responses of an epoch."""
+        return len(self._pool)
 
     def __iter__(self) -> TrajectoryBatches:
         return self
@@ -265,13 +299,14 @@ class TrajectoryBatches:
 
     def _fitting(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
         """Those whose rows are never too long; counts what is skipped."""
-        branches = 1 + (1 if self._kind == "global" else 2)
+        branches = {"global": 2, "local": 3}[self._kind]
         for trajectory in trajectories:
             response = sum(len(states[-1]) for states in trajectory.windows)
-            if len(trajectory.prompt) + branches * response > self._max_columns:
-                self.skipped["responses"] += 1
+            text, columns = (len(trajectory.prompt) + k * response for k in (1, branches))
+            if columns > self._max_columns or text > self._max_positions:
+                self.skipped[TOO_LONG] += 1
                 continue
-            self.skipped["windows"] += sum(len(states) == 1 for states in trajectory.windows)
+            self.skipped[ONE_STATE] += sum(len(states) == 1 for states in trajectory.windows)
             yield trajectory
 
 

@@ -1,5 +1,5 @@
-"""A training run from a configuration: data, tokenizer, model, checkpoints and logs around
-`mtp.train.train`.
+"""A training run from a configuration: an objective's loss and data, tokenizer, model, checkpoints
+and logs around `mtp.train.train`.
 
     run_dir/checkpoints/step-00001000/   what `mtp.load(run_dir)` opens
     run_dir/metrics.jsonl                one object per logged step
@@ -15,12 +15,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mtp import checkpoint
+from mtp.consistency import ConsistencyConfig, ConsistencyLoss, TrajectoryBatches
 from mtp.data import Batches, Corpus, DataConfig, StreamingBatches, iter_documents, load_corpus
 from mtp.distributed import from_rank_zero, processes, rank, world_size
 from mtp.hooks import (
@@ -36,7 +38,9 @@ from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
 from mtp.optim import Optimizer
 from mtp.tokenizer import Tokenizer, load_tokenizer
-from mtp.train import Hook, Progress, TrainConfig, prepare, train, validate
+from mtp.train import Batches as Source
+from mtp.train import Hook, Loss, Progress, TrainConfig, prepare, train, validate
+from mtp.trajectory_files import read_trajectories
 
 log = logging.getLogger("mtp")
 RESUME = ("false", "true", "auto")
@@ -44,13 +48,16 @@ RESUME = ("false", "true", "auto")
 
 @dataclass
 class RunConfig:
-    """model.vocab_size comes from the tokenizer. resume: go on from run_dir's newest checkpoint;
-    auto: if there is one. dry_run: only say what the run will take. wandb: a project's name.
-    head_weights: one per head, null for all 1. sample_every: seconds between samples of
-    sample_prompt, 0 for none.
+    """model.vocab_size comes from the tokenizer. objective: tokens of a corpus, or consistency.
+    init_from: a checkpoint or run directory to start from, which brings model and tokenizer.
+    resume: go on from run_dir's newest checkpoint; auto: if there is one. dry_run: only say what
+    the run will take. wandb: a project's name. head_weights: one per head, null for all 1.
+    sample_every: seconds between samples of sample_prompt, 0 for none.
     """
 
     run_dir: str = "runs/train"
+    objective: str = "tokens"  # a key of OBJECTIVES
+    init_from: str | None = None
     resume: str = "false"  # true, false or auto
     dry_run: bool = False
     tensorboard: bool = False
@@ -61,12 +68,21 @@ class RunConfig:
     sample_every: float = 30.0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         self.resume = str(self.resume).lower()  # YAML reads the first two as booleans
-        if self.resume not in RESUME:
-            raise ValueError(f"resume={self.resume!r}: allowed are {', '.join(RESUME)}")
+        for key, allowed in (("resume", RESUME), ("objective", tuple(OBJECTIVES))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}={getattr(self, key)!r}: allowed are {', '.join(allowed)}")
+        if self.objective == "consistency" and self.consistency.trajectories is None:
+            raise ValueError("consistency.trajectories: give the folder of a collection")
+        if self.init_from is None:
+            return
+        for key, value in (("model", ModelConfig()), ("data.tokenizer", DataConfig.tokenizer)):
+            if attrgetter(key)(self) != value:
+                raise ValueError(f"{key}: not together with init_from, which brings its own")
 
 
 def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
@@ -81,10 +97,9 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
 
 def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Progress | None:
     info = log.info if rank() == 0 else log.debug
-    run_dir, tokenizer = Path(config.run_dir), load_tokenizer(config.data.tokenizer)
-    model_config = _fitting(config, tokenizer)
-    n = model_config.n_future_tokens
-    loss_fn = MultiTokenLoss(n, config.head_weights)
+    run_dir, objective = Path(config.run_dir), OBJECTIVES[config.objective]
+    tokenizer, model_config = _starting_point(config)
+    loss_fn = objective.loss(config, model_config)
     expected = estimate(model_config, config.train, config.data.seq_len)
     info("%s", describe(expected))
     if config.dry_run:
@@ -92,8 +107,7 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
     source = from_rank_zero(lambda: _open_run_dir(config, expected["disk_bytes"]))
     if source is not None:
         _check_same(checkpoint.load_config(source), model_config)
-    held_out = load_corpus(config.data, tokenizer, True)
-    batches, notes = _batches(config, tokenizer, n)
+    batches, evaluate, notes = objective.data(config, tokenizer, model_config)
     notes |= {"tokenizer": tokenizer.fingerprint}
     model = Transformer(model_config, torch.Generator().manual_seed(config.train.seed)).to(device)
     prepare(model, config.train)
@@ -102,6 +116,8 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
         checkpoint.load_weights(model, source)
         state = checkpoint.load_training(source, model)
         info("going on from %s", source)
+    elif config.init_from is not None:
+        checkpoint.load_weights(model, checkpoint.find(config.init_from))
     at_start = state.progress["step"] if state else 0
     if at_start >= config.train.steps:
         info("the run has done its %d steps already: nothing is left to do", at_start)
@@ -125,7 +141,7 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
             loss_fn,
             config.train,
             hooks=[*_beside(config, tokenizer, expected["flops_per_token"], at_start), *hooks],
-            evaluate=evaluator(held_out, config, n),
+            evaluate=evaluate,
             save=save,
             resume=state,
             stop=stop,
@@ -137,20 +153,16 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
     return progress
 
 
-def _fitting(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model's configuration with the tokenizer's vocabulary, if rows and processes fit it."""
+def _starting_point(config: RunConfig) -> tuple[Tokenizer, ModelConfig]:
     if config.train.optim.name == "muon" and world_size() > 1:
         raise ValueError(
             "train.optim.name='muon' needs whole matrices, which several processes share: use adamw"
         )
-    model, seq_len = replace(config.model, vocab_size=tokenizer.vocab_size), config.data.seq_len
-    if seq_len > model.max_seq_len:
-        raise ValueError(f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}")
-    if seq_len < model.n_future_tokens:
-        raise ValueError(
-            f"data.seq_len={seq_len} is shorter than model.n_future_tokens={model.n_future_tokens}"
-        )
-    return model
+    if config.init_from is not None:
+        folder = checkpoint.find(config.init_from)
+        return checkpoint.load_tokenizer(folder), checkpoint.load_config(folder)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return tokenizer, replace(config.model, vocab_size=tokenizer.vocab_size)
 
 
 def _beside(config: RunConfig, tokenizer: Tokenizer, flops: float, at_start: int) -> list[Hook]:
@@ -211,17 +223,70 @@ def evaluator(
     return evaluate
 
 
-def _batches(
-    config: RunConfig, tokenizer: Tokenizer, n: int
-) -> tuple[Batches | StreamingBatches, dict[str, Any]]:
-    data, rows, ranks = config.data, config.train.batch_size, (rank(), world_size())
+class Data(NamedTuple):
+    """evaluate: see `train`. notes: what a checkpoint's config says of the data."""
+
+    batches: Source
+    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None
+    notes: dict[str, Any]
+
+
+class Objective(NamedTuple):
+    """loss: made before anything is loaded, it refuses what cannot work. data: loads it."""
+
+    loss: Callable[[RunConfig, ModelConfig], Loss]
+    data: Callable[[RunConfig, Tokenizer, ModelConfig], Data]
+
+
+def _token_loss(config: RunConfig, model: ModelConfig) -> Loss:
+    seq_len, n = config.data.seq_len, model.n_future_tokens
+    if seq_len > model.max_seq_len:
+        raise ValueError(f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}")
+    if seq_len < n:
+        raise ValueError(f"data.seq_len={seq_len} is shorter than model.n_future_tokens={n}")
+    return MultiTokenLoss(n, config.head_weights)
+
+
+def _tokens(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Data:
+    data, n, rows = config.data, model.n_future_tokens, config.train.batch_size
+    ranks = (rank(), world_size())
+    evaluate = evaluator(load_corpus(data, tokenizer, True), config, n)
     if data.streaming:
-        source = StreamingBatches(
+        stream = StreamingBatches(
             lambda: iter_documents(data, False), tokenizer, data.seq_len, n, rows, *ranks
         )
-        return source, {}
+        return Data(stream, evaluate, {})
     corpus = load_corpus(data, tokenizer, False)
-    return Batches(corpus, data.seq_len, n, rows, data.seed, *ranks), {"data": corpus.fingerprint}
+    batches = Batches(corpus, data.seq_len, n, rows, data.seed, *ranks)
+    return Data(batches, evaluate, {"data": corpus.fingerprint})
+
+
+def _consistency_loss(config: RunConfig, model: ModelConfig) -> Loss:
+    weights = config.consistency.ar_weight, config.consistency.consistency_weight
+    return ConsistencyLoss(config.consistency.divergence, *weights)
+
+
+def _trajectories(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Data:
+    where, window = str(config.consistency.trajectories), config.consistency.window
+    batches = TrajectoryBatches(
+        read_trajectories(where, tokenizer.fingerprint, window),
+        config.train.batch_size,
+        config.data.seq_len,
+        model.max_seq_len,
+        config.consistency.kind,
+        config.data.seed,
+        rank(),
+        world_size(),
+    )
+    skipped = ", ".join(f"{count} {what}" for what, count in batches.skipped.items() if count)
+    log.info("trajectories: %d responses; skipped: %s", len(batches), skipped or "nothing")
+    return Data(batches, None, {"data": batches.fingerprint})
+
+
+OBJECTIVES = {
+    "tokens": Objective(_token_loss, _tokens),
+    "consistency": Objective(_consistency_loss, _trajectories),
+}
 
 
 def _open_run_dir(config: RunConfig, disk_bytes: float) -> Path | None:

@@ -97,17 +97,21 @@ def prepare(model: Any, config: TrainConfig) -> None:
 
 
 class Loss(Protocol):
-    def count(self, batch: Batch) -> Tensor: ...
+    """Of the kind of batches that its source makes: `mtp.loss.Batch` or other, with `row` and `to`
+    as there.
+    """
+
+    def count(self, batch: Any) -> Tensor: ...
 
     def __call__(
-        self, model: nn.Module, batch: Batch, denominator: Tensor
+        self, model: nn.Module, batch: Any, denominator: Tensor
     ) -> tuple[Tensor, Metrics]: ...
 
 
 class Batches(Protocol):
     """Endless or long enough; `state_dict` resumes exactly."""
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> Any: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -56,6 +56,7 @@ NEEDED = {  # what a command or file leaves to the user
     "train_tokenizer": ["out=x.model"],
     "data=shards": ["data.path=x"],
     "data=code": ["data.benchmarks=[]"],
+    "experiment=consistency": ["consistency.trajectories=x"],
 }
 STREAM = DataConfig("datasets", "x", val_split="x", streaming=True)
 # Gloeckle et al. 2024, table S14: the small models' names leave out the embeddings.

@@ -32,7 +32,7 @@ def trajectory(prompt=5, windows=3, states=(4, 1, 2), length=None, seed=0):
 
 
 def one_batch(trajectories, kind="global", **more):
-    return next(TrajectoryBatches(trajectories, len(trajectories), 500, kind, **more))
+    return next(TrajectoryBatches(trajectories, len(trajectories), 500, 96, kind, **more))
 
 
 def naive_divergence(name, student, teacher, label):

@@ -46,6 +46,7 @@ SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only t
 # each may import those before it
 ORDERED = [
     *("mtp.trajectories", "mtp.trajectory_files", "mtp.trajectory_measures"),
+    "mtp.consistency",
     *("mtp.train", "mtp.hooks", "mtp.run"),
 ]
 ABOVE = {  # some of USERS, or of those before
