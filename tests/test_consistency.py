@@ -1,23 +1,39 @@
 """Consistency training: one packed pass is the windows one by one, and the trainer runs it."""
 
+from dataclasses import replace
+from itertools import islice
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
+from conftest import KINDS, tiny
+from test_run import interrupted, metrics, same_checkpoints
 
+from mtp import checkpoint
+from mtp.blocks import compile_blocks
 from mtp.consistency import (
     DIVERGENCES,
+    ConsistencyConfig,
     ConsistencyLoss,
     TrajectoryBatches,
     _pack,
+    distil,
+    scored,
 )
+from mtp.decode.contract import Request
+from mtp.optim import OptimConfig
+from mtp.run import RunConfig, run
+from mtp.tokenizer import ByteTokenizer
+from mtp.train import TrainConfig
 from mtp.trajectories import Trajectory
+from mtp.trajectory_files import Origin, collect_shards, read_trajectories
+from mtp.trajectory_filters import FilterConfig
 
 VOCAB, WINDOW = 13, 4
 
 
 def trajectory(prompt=5, windows=3, states=(4, 1, 2), length=None, seed=0):
-    """Random states that, like Jacobi's, are right from the left on: state s in its first s tokens."""
+    """Random states that, like Jacobi's, are right from the left on: state s in s tokens."""
     random = torch.Generator().manual_seed(seed)
 
     def ids(count):
@@ -107,3 +123,254 @@ def test_a_packed_pass_is_the_windows_one_by_one(kind, divergence, monkeypatch):
             torch.testing.assert_close(grad, wanted[name], rtol=0, atol=1e-10, msg=name)
     total, number = metrics["consistency"]
     torch.testing.assert_close(total / number, sum(terms) / len(terms), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_first_head_learns(kind):
+    model, batch, loss_fn = tiny(kind), one_batch([trajectory()]), ConsistencyLoss()
+    loss_fn(model, batch, loss_fn.count(batch))[0].backward()
+    unread = {name for name, grad in gradients(model).items() if grad is None}
+    later = {f"heads.heads.{i}" for i in range(1, 4)} if kind != "anticausal" else set()
+    assert {name[: len("heads.heads.0")] for name in unread} == later
+
+
+def test_a_pass_reads_at_most_a_third_of_the_tokens_of_the_windows_one_by_one():
+    one, read = trajectory(16, 8, states=(3,)), []
+    model = tiny()
+    model.embedding.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    naive(model, one, [0] * 8, "global", "jsd")
+    batch, loss_fn = one_batch([one]), ConsistencyLoss()
+    loss_fn(model, batch, loss_fn.count(batch))
+    assert read[-1] <= sum(read[:-1]) / 3
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.keys() - {"hard"})
+def test_at_the_fixed_point_nothing_is_left_to_learn(divergence):
+    """All but the last token are right: what predicts it has read the same as the teacher."""
+    random = trajectory(windows=1)
+    fixed = random.windows[0][-1]
+    near = fixed[:-1] + [(fixed[-1] + 1) % VOCAB]
+    batch = one_batch([replace(random, windows=[[near, fixed]])])
+    loss_fn, model = ConsistencyLoss(divergence, ar_weight=0), tiny(gain=2.0)
+    loss, _ = loss_fn(model, batch, loss_fn.count(batch))
+    loss.backward()
+    assert len(batch.student) == 1 and abs(loss.item()) < 1e-12
+    assert all(grad is None or grad.abs().max() < 1e-12 for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_the_teacher_learns_nothing(kind):
+    batch, loss_fn = one_batch([trajectory()], kind), ConsistencyLoss(ar_weight=0)
+    latent = torch.randn(1, batch.branch.shape[1], 8, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, dtype=torch.double)
+
+    class Given(torch.nn.Linear):
+        def forward(self, row, score, **more):
+            return score([lambda x: x], [latent], [weight], ())
+
+    loss_fn(Given(1, 1).double(), batch, loss_fn.count(batch))[0].backward()
+    reached = latent.grad[0].abs().sum(-1).nonzero().flatten()
+    assert reached.tolist() == batch.student.tolist()
+    assert not set(batch.teacher.tolist()) & set(reached.tolist())
+
+
+@pytest.mark.parametrize("name", DIVERGENCES.keys() - {"hard"})
+def test_chunks_do_not_change_a_divergence(name):
+    student, teacher, weight = (torch.randn(size, 8).double() for size in (7, 7, VOCAB))
+    found = []
+    for chunk in (1, 3, 100):
+        ends = student.clone().requires_grad_(), weight.clone().requires_grad_()
+        scale = torch.tensor(0.3).double()
+        loss, value = distil(DIVERGENCES[name], ends[0], teacher, ends[1], scale, chunk)
+        found.append((loss.detach(), value, *torch.autograd.grad(2 * loss, ends)))
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=0, atol=1e-12)
+
+
+def test_places_are_scored_from_the_first_wrong_token_to_the_end_of_window_or_response():
+    fixed = [5, 6, 7, 8]
+    assert [*scored([9, 6, 7, 8], fixed, 9)] == [0, 1, 2]  # nothing in the window predicts slot 0
+    assert [*scored([5, 9, 7, 8], fixed, 9)] == [0, 1, 2]
+    assert [*scored([5, 6, 9, 8], fixed, 9)] == [1, 2]
+    assert [*scored([5, 9, 9, 9], fixed, 3)] == [0, 1]
+    assert [*scored([5, 6, 7, 9], fixed, 3)] == [*scored(fixed, fixed, 9)] == []
+
+
+def test_compiled_blocks_take_packed_rows():
+    batch, loss_fn = one_batch([trajectory()]), ConsistencyLoss()
+    model, compiled = tiny(), tiny()
+    if not compile_blocks(compiled.blocks, torch.device("cpu")):
+        pytest.skip("no compiler")
+    one, other = (loss_fn(m, batch, loss_fn.count(batch))[0] for m in (model, compiled))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_a_wrong_choice_is_named_with_what_is_allowed():
+    with pytest.raises(ValueError, match="divergence='x' is unknown: allowed are forward_kl, rev"):
+        ConsistencyLoss("x")
+    with pytest.raises(ValueError, match="ar_weight=-1 must be at least 0"):
+        ConsistencyLoss(ar_weight=-1)
+    with pytest.raises(ValueError, match="kind='x' is unknown: allowed are global, local"):
+        ConsistencyConfig(kind="x")
+    with pytest.raises(ValueError, match="divergence='hard', the fixed point's tokens, is for 'gl"):
+        ConsistencyConfig(kind="local", divergence="hard")
+
+
+# Batches.
+
+SOME = [trajectory(seed=seed, windows=2) for seed in range(5)]
+
+
+def batches(trajectories=SOME, size=2, **more):
+    return TrajectoryBatches(trajectories, size, 500, 96, **more)
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_epochs_read_every_response_once_and_draw_every_state_but_the_fixed_point(monkeypatch):
+    packed = []
+    monkeypatch.setattr("mtp.consistency._pack", lambda *args: packed.append(args) or _pack(*args))
+    for _ in islice(batches(size=5), 60):
+        pass
+    for start in range(0, 300, 5):
+        assert sorted(map(id, SOME)) == sorted(id(args[0]) for args in packed[start : start + 5])
+    draws = [args[1] for args in packed]
+    assert {one[1] for one in draws} == {None}  # a window of one state
+    counts = [[one[0] for one in draws].count(j) for j in range(3)]
+    assert sum(counts) == 300 and min(counts) > 70
+
+
+def test_a_resumed_source_goes_on_exactly():
+    whole = list(islice(batches(), 7))
+    source = batches()
+    _ = [next(source) for _ in range(3)]
+    again = batches()
+    again.load_state_dict(source.state_dict())
+    assert all(same(*pair) for pair in zip(islice(again, 4), whole[3:], strict=True))
+    with pytest.raises(ValueError, match="state of other data: its trajectories"):
+        batches(SOME[1:]).load_state_dict(source.state_dict())
+
+
+def test_ranks_share_each_global_batch():
+    whole = next(batches(size=4))
+    parts = [next(batches(size=2, rank=rank, world_size=2)) for rank in range(2)]
+    assert torch.equal(torch.cat([part.row for part in parts]), whole.row)
+
+
+def test_what_does_not_fit_is_skipped_and_counted():
+    long, far = trajectory(windows=9), trajectory(prompt=40)
+    source = TrajectoryBatches([*SOME, long, far], 1, 64, 50)
+    assert len(source) == 5
+    assert source.skipped == {"responses that are too long": 2, "windows of one state": 5}
+    with pytest.raises(ValueError, match="trajectories: of 1 none fits in rows of 64 columns"):
+        TrajectoryBatches([long], 1, 64, 96)
+
+
+def test_new_trajectories_take_the_places_of_the_oldest_and_are_part_of_the_state():
+    new = [trajectory(seed=10 + i, windows=1) for i in range(9)]
+    source = batches(refresh=iter(new))
+    for _ in range(4):
+        next(source)
+    assert source.refreshed == 8
+    again = batches(refresh=iter(new[8:]))
+    again.load_state_dict(source.state_dict())
+    for _ in range(3):  # the last is new, then there are no more
+        assert same(next(again), next(source))
+    assert again.refreshed == source.refreshed == 9
+
+
+# Runs.
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run on collected trajectories, from a checkpoint."""
+    model, tokenizer = tiny(vocab_size=257, gain=2.0).float(), ByteTokenizer()
+    checkpoint.save(model, tmp_path / "trained", tokenizer)
+    collect_shards(
+        tmp_path / "collected",
+        model,
+        [Request([i, 2 * i, 3 * i], 10) for i in range(1, 6)],
+        Origin(tokenizer.fingerprint, "any", WINDOW),
+        tokenizer,
+        FilterConfig(),
+    )
+    training = TrainConfig(
+        steps=4, batch_size=2, log_every=1, optim=OptimConfig(lr=1e-3, warmup_steps=1)
+    )
+    return RunConfig(
+        str(tmp_path / "run"),
+        "consistency",
+        str(tmp_path / "trained"),
+        device="cpu",
+        train=training,
+        consistency=ConsistencyConfig(str(tmp_path / "collected"), WINDOW),
+    )
+
+
+def collected(config):
+    where = config.consistency.trajectories
+    return list(read_trajectories(where, ByteTokenizer().fingerprint, WINDOW))
+
+
+def test_a_run_starts_from_a_checkpoint_and_learns(config):
+    start = checkpoint.load(config.init_from)
+    config.train.steps, config.consistency.ar_weight = 60, 0.0
+    run(config)
+    values, after = (
+        [line["consistency"] for line in metrics(config)],
+        checkpoint.load(config.run_dir),
+    )
+    loss_fn, batch = ConsistencyLoss(), next(batches(collected(config)))
+    total, count = loss_fn(start, batch, loss_fn.count(batch))[1]["consistency"]
+    assert values[0] == pytest.approx((total / count).item(), rel=1e-5)
+    assert sum(values[-10:]) < 0.8 * sum(values[:10])
+    assert after.config == start.config
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(config):
+    config.train = replace(config.train, save_every=2, steps=6)
+    whole = replace(config, run_dir=f"{config.run_dir}-whole")
+    run(whole)
+    interrupted(config, 2)
+    run(replace(config, resume="true"))
+    same_checkpoints(config, whole)
+    assert metrics(config) == metrics(whole)
+
+
+def test_without_its_weight_the_divergence_is_measured_and_not_learned(config):
+    config.consistency = replace(config.consistency, consistency_weight=0.0, ar_weight=1.0)
+    config.train.steps = 1
+    run(config)
+    model, loss_fn = checkpoint.load(config.init_from), ConsistencyLoss()
+    batch = next(batches(collected(config)))
+    _, figures = loss_fn(model, batch, loss_fn.count(batch))
+    text = figures["loss_1"][0] / figures["loss_1"][1]
+    (line,) = metrics(config)
+    assert line["loss_1"] == pytest.approx(text.item(), rel=1e-5) and line["consistency"] > 0
+    text.backward()
+    norm = torch.stack(
+        [grad.norm() for grad in gradients(model).values() if grad is not None]
+    ).norm()
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"consistency": ConsistencyConfig()}, "consistency.trajectories: give the folder of"),
+        ({"objective": "x"}, "objective='x': allowed are tokens, consistency"),
+        ({"model": tiny().config}, "model: not together with init_from"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, words, config):
+    with pytest.raises(ValueError, match=words):
+        replace(config, **changes)
+
+
+def test_trajectories_of_another_window_are_refused_before_training(config):
+    config.consistency = replace(config.consistency, window=8)
+    with pytest.raises(ValueError, match="trajectories of window=4, wanted are those of 8"):
+        run(config, hooks=[lambda progress: pytest.fail("training began")])
