@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,14 +102,14 @@ def encode_segments(document: Document, tokenizer: Tokenizer) -> list[tuple[list
 
 
 def prompt_of(document: Document, tokenizer: Tokenizer, limit: int | None = None) -> list[int]:
-    """Ids that a model is to go on with: all before the first answer; of a document without one the
-    first `limit`.
+    """Ids that a model is to go on with: a chat up to where its last answer begins, or one more; a
+    prompt without its completion; the first `limit` of other text.
     """
-    if document.messages and not any(m["role"] == "assistant" for m in document.messages):
-        return tokenizer.encode(chat_template(tokenizer).render(document.messages, True))
-    segments = encode_segments(in_template(document, tokenizer), tokenizer)
-    before = [ids for ids, _ in takewhile(lambda segment: not segment[1], segments)]
-    return list(chain.from_iterable(before)) or segments[0][0][:limit]
+    if said := document.messages:
+        before = said[:-1] if said[-1]["role"] == "assistant" else said
+        return tokenizer.encode(chat_template(tokenizer).render(before, True))
+    (first, is_target), *more = encode_segments(document, tokenizer)
+    return first[:limit] if is_target or not more else first
 
 
 class Pieces:

@@ -20,6 +20,7 @@ from mtp.data import (
     load_corpora,
     load_corpus,
     prepare_shards,
+    prompt_of,
 )
 from mtp.documents import (
     SOURCES,
@@ -334,6 +335,32 @@ def test_the_split_of_chats_does_not_depend_on_a_template_but_the_corpus_does(tm
     assert len(found) == 2
 
 
+ASKED, ANSWERED = {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize(
+    "record, prompt",
+    [
+        ({"text": "t"}, "t"),
+        ({"prompt": "p", "completion": "c"}, "p"),
+        ({"messages": [ASKED]}, "<|user|>\nU\n<|assistant|>\n"),
+        ({"messages": [ASKED, ANSWERED]}, "<|user|>\nU\n<|assistant|>\n"),
+        (
+            {"messages": [ASKED, ANSWERED, ASKED]},
+            "<|user|>\nU\n<|assistant|>\nA\n<|user|>\nU\n<|assistant|>\n",
+        ),
+        (
+            {"messages": [ASKED, ANSWERED] * 2},
+            "<|user|>\nU\n<|assistant|>\nA\n<|user|>\nU\n<|assistant|>\n",
+        ),
+    ],
+)
+def test_a_prompt_is_all_before_the_last_answer(record, prompt, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [record] * 2)
+    for document in iter_documents(DataConfig("jsonl", path, val_fraction=0.0), False):
+        assert BYTES.decode(prompt_of(document, BYTES)) == prompt
+
+
 def test_a_key_set_to_null_is_not_looked_for(tmp_path):
     record = {"prompt": "p", "completion": "c", "text": "t"}
     assert targets(tmp_path, record)[1] == "pc$"
@@ -354,6 +381,13 @@ def test_text_files_are_read_unchanged_and_in_order(tmp_path):
     (tmp_path / "c.md").write_text("no text file")
     assert texts(DataConfig("text", str(tmp_path), val_fraction=0.0)) == ["\ufeffone", "two\r\n"]
     assert texts(DataConfig("text", str(tmp_path / "c.md"), val_fraction=0.0)) == ["no text file"]
+
+
+def test_each_line_of_a_text_file_is_a_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n two\u2028\n")
+    (tmp_path / "b.txt").write_text("three")
+    wanted = ["one", " two\u2028", "three"]
+    assert texts(DataConfig("lines", str(tmp_path), val_fraction=0.0)) == wanted
 
 
 def test_folders_skip_hidden_and_installed_files(tmp_path):

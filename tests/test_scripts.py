@@ -14,7 +14,8 @@ import torch
 
 import mtp
 from mtp.hooks import read_jsonl
-from mtp.tokenizer import train_sentencepiece
+from mtp.tokenizer import ByteTokenizer, train_sentencepiece
+from mtp.trajectory_files import read_trajectories
 
 pytest.importorskip("hydra")
 
@@ -24,6 +25,7 @@ SMALL = [
     *("model.max_seq_len=256", "data.seq_len=32", "train.batch_size=2", "train.log_every=1"),
     *("device=cpu", "sample_every=0"),
 ]
+NAMED = ["checkpoint=x", "out=y"]
 SUMMARY = {
     *("params", "train_tokens", "train_seconds", "val_bits_per_byte", "prompts", "identical"),
     *("mean_acceptance_length", "acceptance_length_text", "repetition", "acceptance"),
@@ -213,6 +215,50 @@ def test_a_checkpoint_without_its_run_is_checked_on_prompts_only(sound, command,
     assert "the heads are sound" in command("generate", *words, "prompt='def b(self'").out
 
 
+# Collecting.
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Four records; the last is too long for a context of 256."""
+    records = [{"prompt": f"def {name}(", "completion": "x"} for name in ("a", "b", "c")]
+    records.append({"prompt": "x" * 250})
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return ["data.source=jsonl", f"data.path={path}", "data.val_fraction=0"]
+
+
+def test_trajectories_are_collected_once_and_are_the_models_own_text(
+    trained, questions, command, tmp_path
+):
+    words = [f"checkpoint={trained[0]}", f"out={tmp_path}/out", "device=cpu", "window=8"]
+    words += ["max_new_tokens=20", "shard_size=2", "filters.token_times=0", *questions]
+    words += ["filters.ngram_times=0"]
+    said = command("collect_trajectories", *words).err
+    assert "3/3 responses" in said and "3 of 3 responses kept" in said
+    assert "prompts skipped: {'too_long': 1}" in said
+    model, tokenizer = mtp.load(trained[0]), ByteTokenizer()
+    found = list(read_trajectories(tmp_path / "out", tokenizer.fingerprint, 8))
+    prompts = [tokenizer.encode(f"def {name}(") for name in ("a", "b", "c")]
+    requests = [mtp.Request(p, 20, stop=mtp.stop_at(tokenizer.end_id)) for p in prompts]
+    assert [t.prompt for t in found] == prompts
+    assert [t.response for t in found] == [c.tokens for c in mtp.generate(model, requests)]
+    again = command("collect_trajectories", *words).err
+    assert "3 of 3 responses kept" in again and "3/3" not in again
+    with pytest.raises(SystemExit, match="shard-0000000.jsonl: settings is .* choose another"):
+        command("collect_trajectories", *words, "max_new_tokens=21")
+
+
+def test_a_corpus_gives_the_beginnings_of_its_documents(trained, texts, command, tmp_path):
+    words = [f"checkpoint={trained[0]}", f"out={tmp_path}/out", "device=cpu", "window=4"]
+    words += ["max_new_tokens=4", "prompt_tokens=5", "limit=2", *texts]
+    command("collect_trajectories", *words)
+    found = read_trajectories(tmp_path / "out", ByteTokenizer.fingerprint, 4)
+    assert [bytes(t.prompt) for t in found] == [b"def a", b"def b"]
+    with pytest.raises(SystemExit, match="^error: filters dropped all 2 responses .2 for length"):
+        command("collect_trajectories", *words, f"out={tmp_path}/x", "filters.min_tokens=9")
+
+
 # Preparing.
 
 
@@ -313,6 +359,10 @@ def test_jobs_that_fail_are_named_and_do_not_keep_others_from_running(
         ("prepare_data", ["data.source=stdlib"], ["out"]),
         ("prepare_data", ["out=x", "data.source=web"], ["data.source='web'", "jsonl"]),
         ("prepare_data", ["out=x", "data=code"], ["data.benchmarks", "HumanEval", "[]"]),
+        ("collect_trajectories", ["out=x", "data=stdlib"], ["checkpoint"]),
+        ("collect_trajectories", [*NAMED, "window=0"], ["window=0"]),
+        ("collect_trajectories", [*NAMED, "filters.ngram=0"], ["filters.ngram=0", "at least 1"]),
+        ("collect_trajectories", [*NAMED, "precision=fp8"], ["precision='fp8'", "bfloat16"]),
         ("train_tokenizer", ["out=x.model", "data.path=y"], ["data.path", "stdlib"]),
     ],
 )
