@@ -22,6 +22,7 @@ LEAVES = {
     *("mtp.packages", "mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract"),
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
     *("mtp.evaluate.scores", "mtp.trajectory_filters"),
+    *("mtp.evaluate.schemas", "mtp.evaluate.scores"),
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},
@@ -30,6 +31,7 @@ EXACT = {
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.decode.jacobi": {"mtp.decode.contract", "mtp.decode.sampling"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
+    "mtp.evaluate.sql": {"mtp.evaluate.schemas"},
     "mtp.evaluate.code": {
         *("mtp.decode.contract", "mtp.documents", "mtp.evaluate.sandbox", "mtp.tokenizer"),
     },
