@@ -1,7 +1,6 @@
-"""Questions about databases: held out by template, answered by their references, judged by running."""
+"""Questions about databases: templates held out, references right, answers judged by running."""
 
 import ast
-import json
 import re
 from itertools import islice
 
@@ -24,7 +23,7 @@ HARMFUL = {
     "two statements": "SELECT name FROM {0}; DELETE FROM {0}",
     "loads code": "SELECT load_extension('x') FROM {}",
     "fills memory": "SELECT randomblob(1000000000) FROM {}",
-    "does not end": "WITH RECURSIVE x(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM x) SELECT i FROM x",
+    "does not end": "WITH x(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM x) SELECT i FROM x",
     "takes too long": "SELECT COUNT(*) FROM {0} a, {0} b, {0} c, {0} d, {0} e",
     "is no SQL": "SELEC name FROM {}",
     "holds a zero byte": "SELECT name\0 FROM {}",

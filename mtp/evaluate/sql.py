@@ -72,7 +72,13 @@ DESCENDING = (
 DIGITS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OPENERS = (
     *("Show {}.", "List {}.", "Give {}.", "Find {}.", "Return {}.", "Tell me {}.", "Get {}."),
-    *("What are {}?", "I need {}.", "Please show me {}.", "We want to know {}.", "Look up {}."),
+    *(
+        "Can you tell me {}?",
+        "I need {}.",
+        "Please show me {}.",
+        "We want to know {}.",
+        "Look up {}.",
+    ),
 )
 FRAMES = (("with {} {}", "and {} {}"), ("whose {} is {}", "and whose {} is {}"))
 EITHER = tuple((first, joint.replace("and", "or")) for first, joint in FRAMES)
@@ -271,8 +277,7 @@ class _Author:
             c, rest, condition = self.condition(table, column)
             says.append(frame[min(i, 1)].format(c, rest))
             sql.append(condition)
-        joint = " OR ".join(sql) if either else " AND ".join(sql)
-        return Phrase(" ".join(says), f"({joint})" if either else joint)
+        return Phrase(" ".join(says), (" OR " if either else " AND ").join(sql))
 
     def condition(self, table: Table, column: Column) -> tuple[str, str, str]:
         """The column's name, what is asked of it, and that in SQL."""
@@ -328,10 +333,10 @@ class _Author:
 
 
 def where(*conditions: Phrase) -> str:
-    joint = " AND ".join(phrase.sql for phrase in conditions if phrase.sql)
-    if joint.startswith("(") and joint.endswith(")") and joint.count("(") == 1:
-        joint = joint[1:-1]
-    return f" WHERE {joint}" if joint else ""
+    parts = [phrase.sql for phrase in conditions if phrase.sql]
+    if len(parts) > 1:
+        parts = [f"({part})" if " OR " in part else part for part in parts]
+    return f" WHERE {' AND '.join(parts)}" if parts else ""
 
 
 # Answers.
