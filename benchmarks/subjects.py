@@ -70,7 +70,7 @@ def _of_transformers(where: str, folder: Path, chat: bool) -> Subject:
     try:
         from transformers import GenerationConfig
 
-        from mtp.interop.tokenizer import HuggingFaceTokenizer
+        from mtp.tokenizer import HuggingFaceTokenizer
     except ImportError as error:
         raise ImportError(f"{where} needs, in a checkout: pip install '.[hf]'") from error
     try:

@@ -83,7 +83,8 @@ def in_template(document: Document, tokenizer: Tokenizer) -> Document:
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The tokenizer's own, which it may have as `chat`, or the plain one."""
-    return getattr(tokenizer, "chat", None) or PLAIN_CHAT
+    own = getattr(tokenizer, "chat", None)
+    return ChatTemplate(*own) if own else PLAIN_CHAT
 
 
 def encode_segments(document: Document, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:

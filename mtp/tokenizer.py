@@ -1,17 +1,17 @@
 """Text to token ids and back.
 
 A tokenizer is whatever has the names of `Tokenizer`: bytes (no training, no dependencies), a
-SentencePiece model, or an object of the caller's own. `encode` adds nothing to the text; who packs
-documents appends `end_id` to each. `decode(encode(text)) == text` holds for bytes always, and for
-models of `train_sentencepiece` for every text without U+2581, SentencePiece's own sign for a space,
-which comes back as one.
+SentencePiece model, that of a Hugging Face folder, or an object of the caller's own. `encode` adds
+nothing to the text; who packs documents appends `end_id` to each. `decode(encode(text)) == text`
+holds for bytes always, and for models of `train_sentencepiece` for every text without U+2581,
+SentencePiece's own sign for a space, which comes back as one.
 """
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,6 +83,53 @@ class SentencePieceTokenizer:
         return 0 <= i < self.vocab_size and not (model.is_control(i) or model.is_unknown(i))
 
 
+class HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face folder; its end-of-sentence token ends documents. ValueError
+    where it has none, or is not of the `tokenizers` library, whose file says all that it does.
+
+    special: `encode` puts before a text what the model's texts begin with; in documents and chat
+    templates it is not wanted, and it is not saved. `chat`: how its model's chats are written, see
+    `mtp.documents.ChatTemplate`; None if nobody says.
+    """
+
+    def __init__(self, folder: str | Path, special: bool = False) -> None:
+        self.theirs, self.special = _of_transformers(folder), special
+        if not self.theirs.is_fast:
+            raise ValueError(f"{folder}: its tokenizer has no {INDEX_FILE}")
+        if self.theirs.eos_token_id is None:
+            raise ValueError(f"{folder}: its tokenizer has no eos_token to end documents")
+        self.end_id: int = self.theirs.eos_token_id
+        self.vocab_size: int = len(self.theirs)
+        has_template = bool(self.theirs.chat_template)
+        self.chat = (self._render, str(self.theirs.eos_token)) if has_template else None
+        written = self.theirs.backend_tokenizer.to_str() + "special" * special
+        self.fingerprint = hashlib.sha256(written.encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        return self.theirs.encode(text, add_special_tokens=self.special)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """As the ids say: the usual cleaning takes spaces before commas."""
+        kept = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self.theirs.decode(
+            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _render(self, messages: Sequence[Mapping[str, str]], open_answer: bool) -> str:
+        from jinja2 import TemplateError  # which transformers writes chats with
+
+        try:
+            return self.theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=open_answer
+            )
+        except TemplateError as error:  # raised by templates that want roles in turns
+            raise ValueError(f"the chat template refuses {messages!r}: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        """With its chat template, as transformers writes them."""
+        self.theirs.save_pretrained(folder)
+
+
 class TextStream:
     """Text of ids as they come: `push` returns what is whole by now, `close` the rest.
 
@@ -148,7 +195,9 @@ def train_sentencepiece(
 
 
 def load_tokenizer(where: str | Path) -> Tokenizer:
-    """The word "bytes", a SentencePiece `.model` file, or a folder that `save` wrote to."""
+    """The word "bytes", a SentencePiece `.model` file, a Hugging Face folder, or a folder that
+    `save` wrote to.
+    """
     if where == "bytes":
         return ByteTokenizer()
     path = Path(where)
@@ -159,10 +208,22 @@ def load_tokenizer(where: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if kind == "sentencepiece":
         return SentencePieceTokenizer(path / MODEL_FILE)
+    if kind == "tokenizers":
+        return HuggingFaceTokenizer(path)
     raise ValueError(
         f"tokenizer={str(where)!r}: allowed are the word 'bytes', a SentencePiece .model file, "
-        f"and a folder with a {INDEX_FILE} whose kind is 'bytes' or 'sentencepiece'"
+        f"and a folder with a {INDEX_FILE} of Hugging Face, or whose kind is 'bytes' or "
+        f"'sentencepiece'"
     )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
+    """ValueError if a model of `vocab_size` does not know all ids; more it may know."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"vocab_size={vocab_size}: they do not belong together"
+        )
 
 
 def _write_index(folder: Path, kind: str) -> None:
@@ -175,9 +236,21 @@ def _read_kind(folder: Path) -> str | None:
     if not index_file.is_file():
         return None
     try:
-        return json.loads(index_file.read_text(encoding="utf-8")).get("kind")
-    except (ValueError, AttributeError):
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        return "tokenizers" if "model" in index else index.get("kind")
+    except (ValueError, AttributeError, TypeError):
         return None
+
+
+def _of_transformers(folder: str | Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("its tokenizers need, in a checkout: pip install '.[hf]'") from error
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library knows no other
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 
 def _sentencepiece() -> Any:

@@ -21,9 +21,9 @@ from mtp.documents import DataConfig
 from mtp.hooks import StopSignals, console
 from mtp.interop.attach import KINDS, AttachedHeads, attach_heads, load_heads, save_heads
 from mtp.interop.huggingface import CausalLM
-from mtp.interop.tokenizer import HuggingFaceTokenizer
 from mtp.loss import MultiTokenLoss
 from mtp.run import RunConfig, evaluator, find_device
+from mtp.tokenizer import HuggingFaceTokenizer
 from mtp.train import PRECISIONS, TrainConfig, train
 from scripts.cli import launch
 

@@ -18,18 +18,26 @@ from mtp import checkpoint
 from mtp.interop.llama import load_llama, save_llama
 from mtp.interop.meta import load_meta, save_meta
 from mtp.interop.speculative import save_speculative
-from mtp.tokenizer import INDEX_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer
+from mtp.tokenizer import (
+    INDEX_FILE,
+    MODEL_FILE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    check_vocabulary,
+)
 from mtp.train import PRECISIONS
 from scripts.cli import launch
 
 Read = tuple[mtp.Transformer, Tokenizer | None]
+Write = Callable[[mtp.Transformer, Tokenizer | None, Any], object]
 
 
 class Format(NamedTuple):
     """read(folder, dtype) -> model, tokenizer; write(model, tokenizer, config). None: only out."""
 
     read: Callable[[str, torch.dtype], Read] | None
-    write: Callable[[mtp.Transformer, Tokenizer | None, Any], object]
+    write: Write
 
 
 @dataclass
@@ -39,7 +47,7 @@ class ConvertConfig:
     out_format: str = MISSING  # or speculative
     out: str = MISSING  # a new folder
     precision: str = "float32"  # or bfloat16: of the weights written
-    like: str | None = None  # Hugging Face folder whose tokenizer goes out with a Llama
+    like: str | None = None  # Hugging Face folder whose tokenizer goes out instead of the source's
 
     def __post_init__(self) -> None:
         for key, allowed in (
@@ -64,8 +72,14 @@ def _read_ours(source: str, dtype: torch.dtype) -> Read:
 
 
 def _read_llama(source: str, dtype: torch.dtype) -> Read:
-    file = Path(source, MODEL_FILE)
-    return load_llama(source, dtype=dtype), mtp.load_tokenizer(file) if file.is_file() else None
+    model, tokenizer = load_llama(source, dtype=dtype), None
+    if (file := Path(source, MODEL_FILE)).is_file():
+        tokenizer = mtp.load_tokenizer(file)
+    elif Path(source, INDEX_FILE).is_file():
+        tokenizer = mtp.load_tokenizer(source)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config.vocab_size, source)
+    return model, tokenizer
 
 
 def _write_meta(model: mtp.Transformer, tokenizer: Tokenizer | None, config: Any) -> object:
@@ -73,12 +87,22 @@ def _write_meta(model: mtp.Transformer, tokenizer: Tokenizer | None, config: Any
     return save_meta(model, config.out, tokenizer if fits else None)
 
 
+def _with_theirs(save: Callable[..., object]) -> Write:
+    """A write that takes Hugging Face's tokenizers along."""
+
+    def write(model: mtp.Transformer, tokenizer: Tokenizer | None, config: Any) -> object:
+        fits = isinstance(tokenizer, HuggingFaceTokenizer)
+        return save(model, config.out, config.like or (tokenizer if fits else None))
+
+    return write
+
+
 LLAMAS = ("llama", "speculative")
 FORMATS = {
     "mtp": Format(_read_ours, lambda model, tokenizer, c: mtp.save(model, c.out, tokenizer)),
-    "llama": Format(_read_llama, lambda model, tokenizer, c: save_llama(model, c.out, c.like)),
+    "llama": Format(_read_llama, _with_theirs(save_llama)),
     "meta": Format(load_meta, _write_meta),
-    "speculative": Format(None, lambda model, tokenizer, c: save_speculative(model, c.out, c.like)),
+    "speculative": Format(None, _with_theirs(save_speculative)),
 }
 
 

@@ -42,7 +42,6 @@ from mtp.interop.attach import (  # noqa: E402
     save_medusa,
 )
 from mtp.interop.huggingface import CausalLM  # noqa: E402
-from mtp.interop.tokenizer import HuggingFaceTokenizer  # noqa: E402
 from mtp.loss import MultiTokenLoss, future_targets, plain_batch  # noqa: E402
 from mtp.optim import OptimConfig, Optimizer  # noqa: E402
 from mtp.train import TrainConfig, train, validate  # noqa: E402
@@ -447,13 +446,3 @@ def test_the_command_trains_heads_for_a_folder(tmp_path, capsys):
         attach(config)
     again = open_model(replace(config, heads=out))
     assert torch.equal(next(again.parameters()), next(heads.parameters()))
-
-
-def test_a_tokenizer_of_theirs_reads_and_writes_text(tmp_path):
-    tokenizer = HuggingFaceTokenizer(small_folder(tmp_path / "model"))
-    text = "def f(x):\n    return 'z\u00fc\u20ac'  # \t"
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode([*ids, tokenizer.end_id, tokenizer.vocab_size]) == text
-    assert tokenizer.end_id not in ids and max(ids) < tokenizer.vocab_size
-    tokenizer.save(tmp_path / "copy")
-    assert HuggingFaceTokenizer(tmp_path / "copy").fingerprint == tokenizer.fingerprint

@@ -15,7 +15,7 @@ from mtp.data import encode_document  # noqa: E402
 from mtp.documents import DataConfig, Document, chat_segments  # noqa: E402
 from mtp.interop.attach import attach_heads, save_heads  # noqa: E402
 from mtp.interop.folder import find_model, load_causal_lm  # noqa: E402
-from mtp.interop.tokenizer import HuggingFaceTokenizer  # noqa: E402
+from mtp.tokenizer import HuggingFaceTokenizer  # noqa: E402
 from scripts.draft_vocabulary import VocabularyConfig, draft_vocabulary  # noqa: E402
 from scripts.generate import GenerateConfig, complete, main  # noqa: E402
 from scripts.self_distill import SelfDistillConfig, self_distill  # noqa: E402

@@ -40,7 +40,7 @@ SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
     *("mtp.evaluate.samples", "mtp.interop.attach", "mtp.interop.huggingface"),
-    *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub", "mtp.interop.tokenizer"),
+    *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub"),
     *("mtp.interop.states", "mtp.interop.draft_loss"),
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
@@ -52,7 +52,7 @@ ORDERED = [
     *("mtp.train", "mtp.hooks", "mtp.run"),
 ]
 ABOVE = {  # some of USERS, or of those before
-    "mtp.interop.folder": {f"mtp.interop.{x}" for x in ("attach", "huggingface", "tokenizer")},
+    "mtp.interop.folder": {"mtp.interop.attach", "mtp.interop.huggingface"},
     "mtp.interop.speculative": {"mtp.interop.attach", "mtp.interop.llama"},
     ADAPTER: {"mtp.interop.folder"},
 }

@@ -37,7 +37,7 @@ from mtp.decode.sampling import Sampling
 from mtp.documents import PLAIN_CHAT
 from mtp.evaluate.code import completion_text
 from mtp.interop.folder import load_causal_lm
-from mtp.tokenizer import Tokenizer
+from mtp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 log = logging.getLogger("lm_eval.mtp")  # below the logger that the harness shows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,26 +70,19 @@ class OurText:
 
 
 class TheirText:
-    def __init__(self, where: str, generation_config: Any) -> None:
-        from transformers import AutoTokenizer
-
-        self.theirs, self.name = AutoTokenizer.from_pretrained(where), where.replace("/", "__")
-        end, begin = self.theirs.eos_token_id, self.theirs.bos_token_id
-        listed = generation_config.eos_token_id
-        found = (end, *(listed if isinstance(listed, list) else [listed]))
+    def __init__(self, tokenizer: HuggingFaceTokenizer, name: str, end: Any = None) -> None:
+        """end: one more id that ends a text, or several."""
+        self.theirs, self.name = tokenizer.theirs, name
+        self.decode, begin = tokenizer.decode, tokenizer.theirs.bos_token_id
+        found = (tokenizer.end_id, *(end if isinstance(end, list) else [end]))
         self.ends = tuple(dict.fromkeys(i for i in found if i is not None))
-        if not self.ends:
-            raise ValueError(f"pretrained={where}: its tokenizer has no token that ends a text")
-        self.prefix = self.ends[0] if begin is None else begin
+        self.prefix = tokenizer.end_id if begin is None else begin
 
     def encode(self, text: str, special: bool | None) -> list[int]:
         if special is None and text.startswith(self.theirs.decode(self.prefix)):
             special = False
         given = {} if special is None else {"add_special_tokens": special}
         return self.theirs.encode(text, **given)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def chat(self, messages: Messages, open_answer: bool) -> str:
         return self.theirs.apply_chat_template(
@@ -323,14 +316,18 @@ def _tell(done: Sequence[Completion]) -> None:
     log.info("%d new tokens, mean acceptance length %.2f", new, 1 + accepted / max(1, steps))
 
 
-def _ours(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, OurText]:
+def _ours(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     tokenizer = checkpoints.load_tokenizer(checkpoints.find(where))
-    return checkpoints.load(where, device, dtype).packed(), OurText(tokenizer)
+    text: Any = OurText(tokenizer)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        text = TheirText(tokenizer, tokenizer.fingerprint)
+    return checkpoints.load(where, device, dtype).packed(), text
 
 
 def _theirs(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, TheirText]:
     target = load_causal_lm(where, device, dtype)
-    return target, TheirText(where, target.model.generation_config)
+    end = target.model.generation_config.eos_token_id
+    return target, TheirText(HuggingFaceTokenizer(where), where.replace("/", "__"), end)
 
 
 def _device(name: str) -> torch.device:

@@ -46,7 +46,7 @@ class FoundModel:
 
 
 def find_model(where: str | Path, special: bool = True) -> FoundModel:
-    """The model at `where`. special: see `mtp.interop.tokenizer`. FileNotFoundError, ValueError or
+    """The model at `where`. special: see `mtp.tokenizer`. FileNotFoundError, ValueError or
     ImportError says what is missing.
     """
     folder = checkpoint.find(where)
@@ -54,7 +54,7 @@ def find_model(where: str | Path, special: bool = True) -> FoundModel:
         tokenizer = checkpoint.load_tokenizer(folder)
         return FoundModel(folder, False, tokenizer, (tokenizer.end_id,))
     _import_transformers(folder)
-    from mtp.interop.tokenizer import HuggingFaceTokenizer
+    from mtp.tokenizer import HuggingFaceTokenizer
 
     theirs = HuggingFaceTokenizer(folder, special)
     return FoundModel(folder, True, theirs, _ends(folder, theirs.end_id))

@@ -21,9 +21,12 @@ import torch
 
 from mtp import checkpoint
 from mtp.model import ModelConfig, Transformer
-from mtp.tokenizer import Tokenizer
+from mtp.tokenizer import Tokenizer, check_vocabulary
 
-FETCHED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer.model")
+FETCHED = (
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
 CARD = "README.md"
 TAGS = ("multi-token-prediction", "speculative-decoding")
 
@@ -55,6 +58,7 @@ def save_pretrained(
     name: by what the card says to open it, if not by the folder.
     """
     folder = Path(folder)
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
     text = card_text(model, card, name or str(folder))
     checkpoint.save(model, folder, tokenizer)
     checkpoint.write_text(folder / CARD, text)
@@ -89,7 +93,9 @@ def from_pretrained(
         folder = Path(fetch(str(where), revision=revision, allow_patterns=list(FETCHED)))
     folder = checkpoint.find(folder)
     checkpoint.check(folder)
-    return checkpoint.load(folder, device, dtype), checkpoint.load_tokenizer(folder)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    check_vocabulary(tokenizer, checkpoint.load_config(folder).vocab_size, folder)
+    return checkpoint.load(folder, device, dtype), tokenizer
 
 
 def card_text(model: Transformer, card: Card, name: str) -> str:

@@ -22,11 +22,13 @@ from torch import Tensor
 from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.heads import HEADS
 from mtp.model import Block, ModelConfig, Transformer
+from mtp.tokenizer import HuggingFaceTokenizer, check_vocabulary
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Head 1 is a layer of the trunk's kind, or nothing.
 KINDS = ("transformer", "causal", "residual", "sequential")
 TYPES = ("F64", "F32", "F16", "BF16")
+Like = str | Path | HuggingFaceTokenizer | None
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -177,43 +179,52 @@ def layer_weights(block: Any) -> dict[str, Tensor]:
 def save_llama(
     model: Transformer,
     folder: str | Path,
-    like: str | Path | None = None,
+    like: Like = None,
     also: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write trunk and head 1 as a plain LlamaForCausalLM, complete or not at all; other heads stay
     behind. FileExistsError if `folder` exists; OSError, naming it, if it cannot be written whole.
 
-    like: a Hugging Face folder of the same vocabulary; its tokenizer, chat template, generation
-    config and special ids come along. also: writes to the folder what else is to lie there.
+    like: a Hugging Face folder of the same vocabulary, or a tokenizer; tokenizer, chat template and
+    special ids come along, of a folder the generation config too. also: writes to the folder what
+    else is to lie there.
     """
     folder = Path(folder)
     config = llama_config(model.config)
     config["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    if like is not None:
-        config |= _special_ids(Path(like), model.config.vocab_size)
+    config |= _special_ids(like, model.config.vocab_size)
     weights = {name: t.detach().contiguous() for name, t in llama_weights(model).items()}
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
     with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
         write_tensors(weights, temporary / WEIGHTS, PYTORCH)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for file in comes_along(like):
-            shutil.copyfile(file, temporary / file.name)
+        take_along(like, temporary)
         also(temporary)
     return folder
 
 
-def comes_along(like: str | Path | None) -> list[Path]:
-    """What an export takes over from a Hugging Face folder."""
-    files = [] if like is None else [Path(like, name) for name in COMES_ALONG]
-    return [file for file in files if file.is_file()]
+def take_along(like: Like, folder: Path) -> None:
+    """Give an export's folder its tokenizer, see `save_llama`."""
+    if isinstance(like, HuggingFaceTokenizer):
+        like.save(folder)
+    elif like is not None:
+        for file in (Path(like, name) for name in COMES_ALONG):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
-def _special_ids(like: Path, vocab_size: int) -> dict[str, Any]:
-    theirs = _read_json(like / CONFIG)
+def _special_ids(like: Like, vocab_size: int) -> dict[str, Any]:
+    if like is None:
+        return {}
+    if isinstance(like, HuggingFaceTokenizer):
+        check_vocabulary(like, vocab_size, like.theirs.name_or_path)
+        return {key: getattr(like.theirs, key) for key in SPECIAL_IDS}
+    file = Path(like, CONFIG)
+    theirs = _read_json(file)
     if theirs.get("vocab_size") != vocab_size:
         raise ValueError(
-            f"{like / CONFIG}: vocab_size={theirs.get('vocab_size')} is not the model's "
+            f"{file}: vocab_size={theirs.get('vocab_size')} is not the model's "
             f"{vocab_size}: its tokenizer would give other ids"
         )
     return {key: theirs.get(key) for key in SPECIAL_IDS}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.interop.attach import AttachedHeads
-from mtp.interop.llama import comes_along, layer_weights, llama_config, save_llama
+from mtp.interop.llama import Like, layer_weights, llama_config, save_llama, take_along
 from mtp.model import Block, ModelConfig, Transformer
 
 PLACE = "custom_generate"  # where transformers looks
@@ -29,13 +29,13 @@ REQUIRED = "transformers>=5\n"
 
 
 def save_speculative(
-    model: Transformer | AttachedHeads, folder: str | Path, like: str | Path | None = None
+    model: Transformer | AttachedHeads, folder: str | Path, like: Like = None
 ) -> Path:
     """Write the model as `save_llama` does, or, if it is one of transformers, as it is; beside it
     heads 2..n. It is complete or absent. FileExistsError, OSError: see `save_llama`.
 
-    like: a Hugging Face folder whose tokenizer comes along. ValueError where there are no heads, or
-    heads that are not of kind transformer, causal or residual with a shared unembedding.
+    like: a Hugging Face folder or tokenizer that comes along. ValueError where there are no heads,
+    or heads that are not of kind transformer, causal or residual with a shared unembedding.
     """
     _check(model)
     weights, spec = _weights(model), _spec(model)
@@ -54,8 +54,7 @@ def save_speculative(
     size = sum(t.nbytes for t in [*weights.values(), *trunk.model.parameters()])
     with whole(Path(folder), size) as temporary:
         trunk.model.save_pretrained(temporary)
-        for file in comes_along(like):
-            shutil.copyfile(file, temporary / file.name)
+        take_along(like, temporary)
         add_heads(temporary)
     return Path(folder)
 
