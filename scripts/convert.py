@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 import mtp
 from mtp import checkpoint
+from mtp.interop.fetch import fetched
 from mtp.interop.llama import load_llama, save_llama
 from mtp.interop.meta import load_meta, save_meta
 from mtp.interop.speculative import save_speculative
@@ -43,7 +44,7 @@ class Format(NamedTuple):
 @dataclass
 class ConvertConfig:
     source_format: str = MISSING  # mtp, llama or meta
-    source: str = MISSING
+    source: str = MISSING  # a folder; of a llama also a name on the Hugging Face hub
     out_format: str = MISSING  # or speculative
     out: str = MISSING  # a new folder
     precision: str = "float32"  # or bfloat16: of the weights written
@@ -72,11 +73,12 @@ def _read_ours(source: str, dtype: torch.dtype) -> Read:
 
 
 def _read_llama(source: str, dtype: torch.dtype) -> Read:
-    model, tokenizer = load_llama(source, dtype=dtype), None
-    if (file := Path(source, MODEL_FILE)).is_file():
-        tokenizer = mtp.load_tokenizer(file)
-    elif Path(source, INDEX_FILE).is_file():
-        tokenizer = mtp.load_tokenizer(source)
+    folder = fetched(source)
+    model, tokenizer = load_llama(folder, dtype=dtype), None
+    if (folder / MODEL_FILE).is_file():
+        tokenizer = mtp.load_tokenizer(folder / MODEL_FILE)
+    elif (folder / INDEX_FILE).is_file():
+        tokenizer = mtp.load_tokenizer(folder)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config.vocab_size, source)
     return model, tokenizer

@@ -13,7 +13,10 @@ hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub import metadata_load  # noqa: E402
 from huggingface_hub.utils import filter_repo_objects  # noqa: E402
 
+from mtp import checkpoint  # noqa: E402
+from mtp.interop.fetch import WANTED  # noqa: E402
 from mtp.interop.hub import Card, from_pretrained, push_to_hub, save_pretrained  # noqa: E402
+from mtp.interop.llama import load_llama, save_llama  # noqa: E402
 from mtp.tokenizer import ByteTokenizer  # noqa: E402
 
 CARD = Card(
@@ -48,7 +51,7 @@ def remote(monkeypatch, tmp_path):
             shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
-    def fetch(name, revision, allow_patterns):
+    def fetch(name, revision, allow_patterns, ignore_patterns):
         files = [file.name for file in (root / name).iterdir()]
         target = tmp_path / "cache"
         target.mkdir()
@@ -118,3 +121,41 @@ def test_a_card_waits_for_a_model_that_is_whole(tmp_path):
     with pytest.raises(FileExistsError):
         save_pretrained(small(), taken, ByteTokenizer(), CARD)
     assert not [*taken.iterdir()]
+
+
+# Names of the hub, without a network: what it gave before lies in a cache.
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A repository me/llama in the layout of the hub's cache, and the folder of its snapshot."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit, repository = "0" * 40, tmp_path / "cache/models--me--llama"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    return repository / "snapshots" / commit
+
+
+def test_a_llama_is_opened_by_its_name_on_the_hub(cached, tmp_path):
+    model = small(n_future_tokens=1)
+    save_llama(model, cached)
+    assert same(load_llama("me/llama"), model)
+    scripts = pytest.importorskip("scripts.convert")
+    scripts.convert(scripts.ConvertConfig("llama", "me/llama", "mtp", str(tmp_path / "out")))
+    assert same(checkpoint.load(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("name", ["me/absent", "/no/such/folder"])
+@pytest.mark.parametrize("open_", [load_llama, from_pretrained])
+def test_what_is_neither_a_folder_nor_a_repository_is_told(open_, name, cached):
+    with pytest.raises(FileNotFoundError, match=f"{name} is no folder, and the hub gives no repos"):
+        open_(name)
+
+
+def test_nothing_that_can_run_is_fetched():
+    names = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
+    others = ["pytorch_model.bin", "modeling.py", "consolidated.pth", "model.gguf"]
+    assert [*filter_repo_objects([*names, *others], allow_patterns=[*WANTED])] == names

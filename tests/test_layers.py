@@ -23,6 +23,7 @@ LEAVES = {
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
     *("mtp.evaluate.scores", "mtp.trajectory_filters"),
     *("mtp.evaluate.schemas", "mtp.evaluate.scores"),
+    *("mtp.evaluate.scores", "mtp.interop.fetch"),
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mtp import checkpoint
+from mtp.interop.fetch import fetched
 from mtp.model import ModelConfig, Transformer
 from mtp.tokenizer import Tokenizer, check_vocabulary
 
@@ -85,13 +86,10 @@ def from_pretrained(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a folder or, where there is none, of a repository. ValueError names a
-    file that is damaged and every tensor that is missing, surplus or misshapen.
+    file that is damaged and every tensor that is missing, surplus or misshapen; FileNotFoundError
+    where there is neither.
     """
-    folder = Path(where)
-    if not folder.is_dir():
-        fetch = _hub().snapshot_download
-        folder = Path(fetch(str(where), revision=revision, allow_patterns=list(FETCHED)))
-    folder = checkpoint.find(folder)
+    folder = checkpoint.find(fetched(where, revision, FETCHED))
     checkpoint.check(folder)
     tokenizer = checkpoint.load_tokenizer(folder)
     check_vocabulary(tokenizer, checkpoint.load_config(folder).vocab_size, folder)

@@ -1,6 +1,6 @@
 """The Llama family of Hugging Face, in and out.
 
-    model = load_llama(folder)              config.json and safetensors, in one file or several
+    model = load_llama(folder or name)      config.json and safetensors, in one file or several
     save_llama(model, folder, like=...)     what transformers and whoever reads its Llamas open
 
 A Llama's last layer is our head 1; heads beyond it start fresh on the way in and stay behind on the
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.heads import HEADS
+from mtp.interop.fetch import fetched
 from mtp.model import Block, ModelConfig, Transformer
 from mtp.tokenizer import HuggingFaceTokenizer, check_vocabulary
 
@@ -79,13 +80,14 @@ def load_llama(
     head: str = "transformer",
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
-    """The LlamaForCausalLM in a folder as our model. Heads 2 to `n_future_tokens` are fresh.
+    """The LlamaForCausalLM in a folder as our model, or, where there is none, in the hub's
+    repository of that name. Heads 2 to `n_future_tokens` are fresh.
 
     ValueError names a config key that we do not serve, and the file of every tensor that is
     missing, surplus or misshapen; FileNotFoundError a file that is not there.
     """
     _check_kind(head)
-    folder = Path(folder)
+    folder = fetched(folder)
     config = our_config(_read_json(folder / CONFIG), n_future_tokens, head, where=folder / CONFIG)
     tied, files = config.tie_embeddings, _find_tensors(folder)
     # On `meta` nothing is allocated yet: what does not fit is told before work is lost.
