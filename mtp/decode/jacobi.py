@@ -12,6 +12,8 @@ Letters: B rows, K guesses.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ from torch import Tensor
 from mtp.decode.contract import Draft, Drafter, NoDraft, State
 from mtp.decode.sampling import FILL, Place, uniform
 
-RUN = 4  # tokens in a branch: few runs that were once rejected stand for longer
-Runs = dict[int, dict[tuple[int, ...], None]]  # token -> what was guessed to follow, newest last
+RUN = 4  # most tokens of a branch
+Followers = dict[int, dict[int, None]]  # token -> what came after it, the newest last
 
 
 class Jacobi:
@@ -30,16 +32,17 @@ class Jacobi:
     taken leave room at the end for tokens drawn from the text so far. What is not read, since a
     step is shorter, is kept.
 
-    pool: up to that many runs of guesses that once followed the pending token, and did not stand,
-    are offered as branches beside the window, of 4 tokens each (Fu et al. 2024). first: a drafter
-    of chains, whose guesses take the window's first places.
+    pool: so many branches of up to 4 tokens are offered beside the window (after Fu et al. 2024).
+    They begin with the newest tokens that the target was seen to say after one like the pending
+    one, in guesses that did not stand or in the text, and go on with what came after those. first:
+    a drafter of chains, whose guesses take the window's first places.
     """
 
     def __init__(self, window: int = 16, pool: int = 0, first: Drafter | None = None) -> None:
         if window < 2:
             raise ValueError(f"window={window} must be at least 2: the pending token and a guess")
         if pool < 0:
-            raise ValueError(f"pool={pool} must be at least 0 (0: no branches)")
+            raise ValueError(f"pool={pool} must be at least 0; 0 makes no branches")
         self.depth, self.pool = window - 1, pool
         self.nodes = self.depth + pool * min(RUN, self.depth)
         self.first = first or NoDraft()
@@ -52,47 +55,58 @@ class Jacobi:
 
     def begin(self, rows: int, slots: int) -> None:
         self.first.begin(rows, slots)
-        self.runs: list[Runs] = [{} for _ in range(rows)]
+        self.learned = [0] * rows  # slots of the text that `after` knows
+        self.after: list[Followers] = [{} for _ in range(rows)]
 
     def admit(self, state: State, row: int, source: int | None) -> None:
         if state.choices is None:
             state.choices = torch.full_like(state.text, -1)
         self.first.admit(state, row, source)
-        self.runs[row] = {}
-        # A text that moves keeps its length; another's runs are not those of this one.
+        self.learned[row], self.after[row] = 0, {}
+        # A text that moves keeps its length; with other texts of its prompt it shares nothing.
         if source is not None and source != row and state.length[source] == state.length[row]:
-            self.runs[row] = dict(self.runs[source])
+            self.learned[row], self.after[row] = self.learned[source], dict(self.after[source])
 
     def propose(self, state: State, k: int) -> Draft:
-        carried = self._carried(state, k)
-        tokens = torch.where(carried < 0, _from_text(state, k), carried)
-        draft = _begin_with(self.first.propose(state, min(k, self.first.depth)), tokens)
-        return self._branch(state, draft, carried) if self.pool else draft
-
-    def _carried(self, state: State, k: int) -> Tensor:
-        """The target's choices for the places after the pending token (B, k); -1: none yet."""
         assert state.choices is not None
         length = torch.tensor(state.length, device=state.text.device)[:, None]
-        return state.choices.gather(1, length + torch.arange(k, device=length.device))
+        carried = state.choices.gather(1, length + torch.arange(k, device=length.device))
+        tokens = torch.where(carried < 0, _from_text(state, k), carried)
+        draft = _begin_with(self.first.propose(state, min(k, self.first.depth)), tokens)
+        return self._branched(state, draft) if self.pool else draft
 
-    def _branch(self, state: State, draft: Draft, carried: Tensor) -> Draft:
-        """The chain, with what its rows' pools know to follow the pending token beside it."""
+    def _branched(self, state: State, draft: Draft) -> Draft:
+        """The chain, and beside it what each row knows to follow its pending token."""
+        self._learn(state)
         pending = state.text[range(len(state.length)), state.length].tolist()
-        trees = []
-        chains, own = draft.tokens.tolist(), carried.tolist()
-        for row, token in enumerate(pending):
-            runs = self.runs[row]
-            trees.append(_grown(chains[row], [*runs.get(token, ())][::-1]))
-            _file(runs, [token, *own[row]], self.pool)
+        trees = [
+            _grown(chain, _runs(after, token))
+            for chain, after, token in zip(draft.tokens.tolist(), self.after, pending, strict=False)
+        ]
         width = max(len(tokens) for tokens, _ in trees)
         if width == draft.tokens.shape[1]:
             return draft  # a chain costs less than a tree
-        device = draft.tokens.device
         tokens, parents = (
-            torch.tensor([x + [-1] * (width - len(x)) for x in rows], device=device)
+            torch.tensor([x + [-1] * (width - len(x)) for x in rows], device=state.text.device)
             for rows in zip(*trees, strict=True)
         )
         return Draft(tokens, parents=parents)
+
+    def _learn(self, state: State) -> None:
+        """From the text since the last time, and from the guesses beyond the pending token with the
+        choices after them: neighbours in a window were not guessed after one another.
+        """
+        assert state.choices is not None
+        known = self.learned[: len(state.length)]
+        first, last = min(known), max(state.length) + 1 + self.depth
+        texts, choices = (x[:, first:last].tolist() for x in (state.text, state.choices))
+        for row, (start, end) in enumerate(zip(known, state.length, strict=True)):
+            text = texts[row][start - first : end + 1 - first]
+            beyond = slice(end + 1 - first, None)
+            guessed = zip(texts[row][beyond], choices[row][beyond], strict=True)
+            _note(self.after[row], pairwise(text), self.pool)
+            _note(self.after[row], (pair for pair in guessed if pair[1] >= 0), self.pool)
+            self.learned[row] = end
 
 
 def _from_text(state: State, k: int) -> Tensor:
@@ -115,7 +129,7 @@ def _begin_with(first: Draft, tokens: Tensor) -> Draft:
     return Draft(whole, torch.cat([first.probs, certain], 1))
 
 
-def _grown(chain: list[int], runs: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+def _grown(chain: list[int], runs: list[list[int]]) -> tuple[list[int], list[int]]:
     """-> tokens and parents of a tree: the chain first, then what the runs add to it."""
     tokens, parents = list(chain), list(range(-1, len(chain) - 1))
     nodes = {edge: node for node, edge in enumerate(zip(parents, tokens, strict=True))}
@@ -130,13 +144,19 @@ def _grown(chain: list[int], runs: list[tuple[int, ...]]) -> tuple[list[int], li
     return tokens, parents
 
 
-def _file(runs: Runs, window: list[int], most: int) -> None:
-    """Note what follows each token of a window, up to the first -1; the `most` newest stay."""
-    known = window[: (window + [-1]).index(-1)]
-    for i, token in enumerate(known[:-1]):
-        following = runs.setdefault(token, {})
-        run = tuple(known[i + 1 : i + 1 + RUN])
-        following.pop(run, None)
-        following[run] = None
-        if len(following) > most:
-            del following[next(iter(following))]
+def _note(after: Followers, pairs: Iterable[tuple[int, int]], most: int) -> None:
+    for token, following in pairs:
+        known = after.setdefault(token, {})
+        known.pop(following, None)
+        known[following] = None
+        if len(known) > most:
+            del known[next(iter(known))]
+
+
+def _runs(after: Followers, token: int) -> list[list[int]]:
+    """What may follow a token: each of its own followers, then always the newest."""
+    runs = [[following] for following in reversed(after.get(token, {}))]
+    for run in runs:
+        while len(run) < RUN and run[-1] in after:
+            run.append(next(reversed(after[run[-1]])))
+    return runs
