@@ -656,6 +656,8 @@ GUESSERS = {
     "few tokens": lambda: OwnHeads(vocabulary=[2, 0]),
     "model": lambda: DraftModel(another(seed=3, vocab_size=4)),
     "lookup": PromptLookup,
+    "jacobi": lambda: Jacobi(4),
+    "jacobi with heads": lambda: Jacobi(4, first=OwnHeads(1)),
 }
 
 
@@ -819,7 +821,7 @@ def test_counts_add_up(drafter, device):
         assert all(taken <= given <= completion.steps for taken, given in offered)
 
 
-@pytest.mark.parametrize("drafter", ["heads", "tree", "lookup", "oracle"])
+@pytest.mark.parametrize("drafter", ["heads", "tree", "lookup", "jacobi with pool", "oracle"])
 def test_guesses_that_only_other_rows_have_room_for_are_not_counted(drafter, device):
     """As if each row were alone: no row takes more tokens per step than it got."""
     model, longer = target("transformer", device), some_requests(stop=False, max_new_tokens=30)
@@ -842,7 +844,7 @@ def test_a_completion_without_steps_has_acceptance_length_one():
     assert Completion().mean_acceptance_length == 1
 
 
-@pytest.mark.parametrize("drafter", ["none", "heads", "oracle"])
+@pytest.mark.parametrize("drafter", ["none", "heads", "jacobi with all", "oracle"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_may_fill_the_context_to_the_last_token(kind, drafter, device):
     model = tiny(kind, max_seq_len=14, gain=1.4).to(device)
@@ -855,7 +857,9 @@ def test_texts_may_fill_the_context_to_the_last_token(kind, drafter, device):
     assert texts(got) == truth
 
 
-@pytest.mark.parametrize("drafter", ["none", "heads", "tree", "model", "lookup"])
+@pytest.mark.parametrize(
+    "drafter", ["none", "heads", "tree", "model", "lookup", "jacobi with pool"]
+)
 def test_no_requests_give_no_completions(drafter, device):
     model, drafting = target("transformer", device), DRAFTERS[drafter]([], [])
     assert generate(model, [], drafting) == list(Decoding(model, [], drafting)) == []
@@ -944,7 +948,7 @@ def test_impossible_settings_are_refused_by_name(arguments, words, device):
     [
         (
             lambda: make_drafter("hope"),
-            "drafter='hope' is unknown: allowed are none, heads, model, lookup",
+            "drafter='hope' is unknown: allowed are none, heads, model, lookup, jacobi",
         ),
         (lambda: make_drafter("model"), "drafter=model needs draft="),
         (
@@ -952,7 +956,10 @@ def test_impossible_settings_are_refused_by_name(arguments, words, device):
             "drafter=heads takes no draft=: only model",
         ),
         (lambda: make_drafter("lookup", tree=3), "drafter=lookup takes no tree=: only heads may"),
-        (lambda: make_drafter("none", depth=3), "takes no depth=: only heads, model, lookup may"),
+        (
+            lambda: make_drafter("none", depth=3),
+            "takes no depth=: only heads, model, lookup, jacobi may",
+        ),
         (lambda: OwnHeads(0), "depth=0 must be at least 1"),
         (lambda: OwnHeads(tree=0), "tree=0 must be at least 1"),
         (lambda: DraftModel(another(), 0), "depth=0 must be at least 1"),
@@ -970,7 +977,7 @@ def test_impossible_drafters_are_refused_by_name(make, words):
         make()
 
 
-@pytest.mark.parametrize("name", ["none", "heads", "lookup"])
+@pytest.mark.parametrize("name", ["none", "heads", "lookup", "jacobi"])
 def test_drafters_have_words(name, device):
     assert len(generate(target("linear", device), [OK], make_drafter(name))) == 1
     draft = make_drafter("model", depth=2, draft=another())

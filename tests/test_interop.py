@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig  # noqa: 
 
 from mtp.decode.contract import NoDraft, Request  # noqa: E402
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup  # noqa: E402
+from mtp.decode.jacobi import Jacobi  # noqa: E402
 from mtp.decode.loop import generate  # noqa: E402
 from mtp.interop.huggingface import CausalLM  # noqa: E402
 from mtp.interop.llama import (  # noqa: E402
@@ -101,6 +102,7 @@ def usual_truths(family, sampling="greedy"):
 DRAFTERS = {  # name -> (family, requests, their true texts) -> drafter
     "none": lambda family, requests, truth: NoDraft(),
     "lookup": lambda family, requests, truth: PromptLookup(4, shortest=1),
+    "jacobi": lambda family, requests, truth: Jacobi(5, pool=2),
     "model": lambda family, requests, truth: DraftModel(adapted(family, seed=1), 3),
     "itself": lambda family, requests, truth: Skipping(DraftModel(adapted(family), 3)),
     "ours": lambda family, requests, truth: DraftModel(tiny(), 2),
