@@ -2,15 +2,16 @@
 which token t + i is predicted.
 
     next(z, *place, layers)                   -> latent of head 1, memo: what the others read
-    rest(memo, shared, *place, layers, upto)  -> latents of heads 2 .. upto, one after another
+    rest(memo, future, *place, layers, upto)  -> latents of heads 2 .. upto, one after another
 
-`shared` is what heads use of the model around them. `place` (rotation, layout) and `layers` (one
-key/value cache per attention layer, or None in training) go to the blocks untouched: a head neither
-knows positions nor caches. `next_layers` counts the attention layers that head 1 needs,
-`rest_layers` those that only drafts need; a decoder therefore keeps them in separate caches.
-`memo_copies` is the memo's width in units of d. `reads_ahead` says that head i also reads the
-tokens up to t + i - 1: training gives it those of the text, decoding those that the heads before it
-guess. Kinds (paper, section 2 and appendix B):
+`place` (rotation, layout) and `layers` (one key/value cache per attention layer, or None in
+training) go to the blocks untouched: a head neither knows positions nor caches. `next_layers`
+counts the attention layers that head 1 needs, `rest_layers` those that only drafts need; a decoder
+therefore keeps them in separate caches. `memo_copies` is the memo's width in units of d.
+
+`reads_ahead` says that head i also reads the tokens up to t + i - 1: training gives it those of the
+text, decoding those that the heads before it guess. future(j): embeddings (B, T, D) of the tokens j
+ahead, complete once head j's latent was taken. Kinds (paper, section 2 and appendix B):
 
     transformer  one block per head, all reading z        (the method)
     linear       one d x d map per head, all reading z
@@ -34,15 +35,7 @@ from torch import Tensor, nn
 
 Layers = Sequence[Any]
 Make = Callable[[], nn.Module]
-
-
-class Shared(NamedTuple):
-    """norm: the model's last one, which its unembedding wants. future(j): embeddings (B, T, D) of
-    the tokens j ahead, complete once the latent of head j was taken.
-    """
-
-    norm: Callable[[Tensor], Tensor]
-    future: Callable[[int], Tensor]
+Future = Callable[[int], Tensor]
 
 
 class LinearHead(nn.Module):
@@ -90,7 +83,7 @@ class ParallelHeads(nn.Module):
         return self.heads[0](z, rotation, layout, *layers[:1]), z
 
     def rest(
-        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+        self, memo: Tensor, future: Future, rotation: Any, layout: Any, layers: Layers, upto: int
     ) -> Iterable[Tensor]:
         return [
             head(memo, rotation, layout, *layers[i : i + 1])
@@ -113,7 +106,7 @@ class CausalHeads(nn.Module):
         return first, first
 
     def rest(
-        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+        self, memo: Tensor, future: Future, rotation: Any, layout: Any, layers: Layers, upto: int
     ) -> Iterable[Tensor]:
         latents, x = [], memo
         for i, head in enumerate(self.heads[1:upto]):
@@ -142,14 +135,14 @@ class AnticausalHeads(nn.Module):
         return x, torch.cat(latents[-2::-1], -1) if len(latents) > 1 else x
 
     def rest(
-        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+        self, memo: Tensor, future: Future, rotation: Any, layout: Any, layers: Layers, upto: int
     ) -> Iterable[Tensor]:
         return list(memo.chunk(len(self.heads) - 1, -1)[: upto - 1]) if upto > 1 else []
 
 
 class SequentialHead(nn.Module):
-    """A block on [normed embedding of the newest token, normed hidden state]. post_norm: where the
-    head ends in a norm of its own instead of the model's.
+    """A block on [normed embedding of the newest token, normed hidden state]. post_norm: for heads
+    that end in a norm of their own, before which the model's does nothing or is not reached.
     """
 
     def __init__(self, dim: int, block: Make, norm: Make, post_norm: Make = nn.Identity) -> None:
@@ -167,7 +160,9 @@ class SequentialHead(nn.Module):
 
 
 class SequentialHeads(nn.Module):
-    """Each reads what the unembedding reads of the one before, as servers of such heads have it."""
+    """Each reads the one before. What stands between z and the memo, and again between a latent and
+    the unembedding, is undone and done: `scale` (D,), the weight of the last norm, or None.
+    """
 
     independent = False
     reads_ahead = True
@@ -177,18 +172,19 @@ class SequentialHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList([IdentityHead(), *heads])
         self.next_layers, self.rest_layers = 0, len(heads)
+        self.scale: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
 
     def next(self, z: Tensor, rotation: Any, layout: Any, layers: Layers) -> tuple[Tensor, Tensor]:
         return self.heads[0](z, rotation, layout), z
 
     def rest(
-        self, memo: Tensor, shared: Shared, rotation: Any, layout: Any, layers: Layers, upto: int
+        self, memo: Tensor, future: Future, rotation: Any, layout: Any, layers: Layers, upto: int
     ) -> Iterator[Tensor]:
-        x = memo
+        x = memo if self.scale is None else memo / self.scale
         for i, head in enumerate(self.heads[1:upto]):
-            embedded = shared.future(i + 1)
-            x = head(shared.norm(x), embedded, rotation, layout, *layers[i : i + 1])
-            yield x
+            x = head(x, future(i + 1), rotation, layout, *layers[i : i + 1])
+            yield x if self.scale is None else x * self.scale
 
 
 Heads = ParallelHeads | CausalHeads | AnticausalHeads | SequentialHeads

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp.decode.contract import Layout
-from mtp.heads import HEADS, Shared
+from mtp.heads import HEADS, Future
 from mtp.loss import CUTS, Score, is_sharded
 from mtp.packed import Matrix, PackedLinear, can_pack, project, with_packed_linears
 
@@ -417,13 +417,10 @@ class Transformer(nn.Module):
             x = block(x, *place)
         return x
 
-    def _latents(
-        self, z: Tensor, place: Place, future: Callable[[int], Tensor], upto: int
-    ) -> Iterator[Tensor]:
+    def _latents(self, z: Tensor, place: Place, future: Future, upto: int) -> Iterator[Tensor]:
         first, memo = self.heads.next(z, *place, ())
         yield self.norm(first)
-        rest = self.heads.rest(memo, Shared(self.norm, future), *place, (), upto)
-        yield from map(self.norm, rest)
+        yield from map(self.norm, self.heads.rest(memo, future, *place, (), upto))
 
     def _head_fns(self, place: Place) -> list[Callable[[Tensor], Tensor]]:
         if not self.heads.independent:
@@ -496,18 +493,13 @@ class Transformer(nn.Module):
         return self.heads.next(x, rotation, layout, cache.layers[len(self.trunk) :])
 
     def guess(
-        self,
-        memo: Tensor,
-        future: Callable[[int], Tensor],
-        layout: Layout,
-        cache: Cache,
-        upto: int,
+        self, memo: Tensor, future: Future, layout: Layout, cache: Cache, upto: int
     ) -> Iterable[Tensor]:
         """memo (R, T, D') -> latents (R, T, D) of heads 2..upto, one after another. future(j):
         embeddings (R, T, D) of the tokens j ahead, which only heads that read ahead ask for.
         """
-        shared, rotation = Shared(self.norm, future), self.rotary(layout.positions)
-        return self.heads.rest(memo, shared, rotation, layout, cache.layers, upto)
+        rotation = self.rotary(layout.positions)
+        return self.heads.rest(memo, future, rotation, layout, cache.layers, upto)
 
     def logits(self, latent: Tensor) -> Tensor:
         """Latent of head 1 (..., D) -> its logits (..., V)."""

@@ -104,16 +104,16 @@ def test_sequential_heads_equal_ones_written_plainly(device):
     """DeepSeek-V3, section 2.2: each reads the token after those that the one before read."""
     model, tokens = tiny("sequential").to(device), ids(2, 9 + N - 1, device)
     eps = model.config.norm_eps
-    hidden = plain_norm(plain_trunk(model, tokens), model.norm.weight, eps)
+    hidden = plain_trunk(model, tokens)
     wanted = [hidden]
     for head in model.heads.heads[1:]:
         tokens, hidden = tokens[:, 1:], hidden[:, :-1]
         embedded = plain_norm(model.embedding.weight[tokens], head.enorm.weight, eps)
         both = torch.cat([embedded, plain_norm(hidden, head.hnorm.weight, eps)], -1)
-        latent = plain_block(both @ head.eh_proj.weight.T, head.block, model.config)
-        hidden = plain_norm(latent, model.norm.weight, eps)
+        hidden = plain_block(both @ head.eh_proj.weight.T, head.block, model.config)
         wanted.append(hidden)
-    wanted = torch.stack([x[:, :9] @ model.output.weights[0].T for x in wanted], 2)
+    wanted = [plain_norm(x[:, :9], model.norm.weight, eps) for x in wanted]
+    wanted = torch.stack([x @ model.output.weights[0].T for x in wanted], 2)
     got = model(ids(2, 9 + N - 1, device), return_all_heads=True)[:, :9]
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
 

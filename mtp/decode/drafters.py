@@ -50,7 +50,7 @@ class Reader:
         return layout, [end - 1 - start for end, start in zip(ends, starts, strict=True)]
 
 
-class Future:
+class Following:
     """Tokens that follow those of a pass, to be embedded for heads that read ahead. Beyond the
     pending token they are guesses, which heads make one after another.
     """
@@ -134,13 +134,13 @@ class OwnHeads:
         if self.reader.admit(row, source, known):
             # alone, so that a long prompt does not widen everyone's window
             layout, _ = self.reader.catch_up(row, [known])
-            for _ in self._guess(state, layout, self._future(state, layout)):
+            for _ in self._guess(state, layout, self._following(state, layout)):
                 pass  # heads fill their caches
 
     def propose(self, state: State, k: int) -> Draft:
         # The pending token is certain, so one guess fewer has a part in a head's last entries.
         layout, columns = self.reader.catch_up(0, state.length, max(0, self.ahead - 1))
-        future = self._future(state, layout)
+        future = self._following(state, layout)
         latents = (_at(x, columns) for x in self._guess(state, layout, future))
         if self.ahead:
             return self._propose_in_turn(state, k, columns, future, latents)
@@ -152,7 +152,7 @@ class OwnHeads:
         state: State,
         k: int,
         columns: list[int],
-        future: Future,
+        future: Following,
         latents: Iterable[Tensor],
     ) -> Draft:
         """Each guess is what the next head reads. All heads run, to fill their caches."""
@@ -163,10 +163,10 @@ class OwnHeads:
                 future.guess([column + 2 + i for column in columns], drafts[i].tokens)
         return _line(drafts)
 
-    def _future(self, state: State, layout: Layout) -> Future:
-        return Future(self.model, state.text, layout, 1 + self.depth)
+    def _following(self, state: State, layout: Layout) -> Following:
+        return Following(self.model, state.text, layout, 1 + self.depth)
 
-    def _guess(self, state: State, layout: Layout, future: Future) -> Iterable[Tensor]:
+    def _guess(self, state: State, layout: Layout, future: Following) -> Iterable[Tensor]:
         """-> latents (R, T, D) of the extra heads, one after another."""
         assert state.memo is not None
         memo = state.memo.flatten(0, 1).index_select(0, layout.where)

@@ -39,13 +39,13 @@ from mtp.decode.drafters import OwnHeads
 from mtp.heads import (
     HEADS,
     CausalHeads,
+    Future,
     Heads,
     IdentityHead,
     Make,
     ParallelHeads,
     SequentialHead,
     SequentialHeads,
-    Shared,
 )
 from mtp.loss import Score
 from mtp.model import Block, ModelConfig, Rotary, Transformer, Unembedding
@@ -118,8 +118,9 @@ class AttachedHeads(nn.Module):
         rotation = self._rotation(torch.arange(h.shape[1], device=h.device))
         dtype, embedded = next(self.parameters()).dtype, self.embedding(row).detach()
         first, memo = self.heads.next(h.to(dtype), rotation, None, ())
-        shared = Shared(_as_it_is, lambda j: embedded[:, j : j + h.shape[1]].to(dtype))
-        rest = self.heads.rest(memo, shared, rotation, None, (), n)
+        rest = self.heads.rest(
+            memo, lambda j: embedded[:, j : j + h.shape[1]].to(dtype), rotation, None, (), n
+        )
         latents = [x.to(h.dtype) for x in (first, *rest)]
         return score([lambda x: x] * n, latents, [self.output.weights[0].detach()], ())
 
@@ -198,22 +199,17 @@ class AttachedHeads(nn.Module):
         return self.trunk.model.logits(latent)
 
     def guess(
-        self, memo: Tensor, future: Callable[[int], Tensor], layout: Layout, cache: Any, upto: int
+        self, memo: Tensor, future: Future, layout: Layout, cache: Any, upto: int
     ) -> Iterable[Tensor]:
         """memo (R, T, D) -> latents (R, T, D) of heads 2..upto, see `Transformer.guess`."""
-        shared, rotation = Shared(_as_it_is, future), self._rotation(layout.positions)
-        return self.heads.rest(memo, shared, rotation, layout, cache.layers, upto)
+        rotation = self._rotation(layout.positions)
+        return self.heads.rest(memo, future, rotation, layout, cache.layers, upto)
 
     def draft_logits(
         self, latents: Sequence[Tensor], matrices: Sequence[Matrix] = (), first: int = 2
     ) -> Tensor:
         """One latent (R, D) of each of heads first, first + 1, ... -> their logits (R, K, V)."""
         return project(torch.stack(list(latents), 1), (matrices or self.output.matrices)[0])
-
-
-def _as_it_is(latent: Tensor) -> Tensor:
-    """The norm of heads that read, and end in, what the unembedding reads."""
-    return latent
 
 
 def attach_heads(
@@ -238,8 +234,8 @@ def attach_heads(
     if heads.rest_layers:
         rotary = Rotary(config())
     _start(heads, generator)
-    if kind == "sequential" and isinstance(trunk.norm, nn.RMSNorm):
-        _end_like(heads, trunk.norm)
+    if isinstance(heads, SequentialHeads) and isinstance(trunk.norm, nn.RMSNorm):
+        heads.scale = trunk.norm.weight.detach()
     return AttachedHeads(trunk, heads.to(weight), kind, rotary)
 
 
@@ -301,16 +297,6 @@ def _start(heads: nn.Module, generator: torch.Generator) -> None:
             nn.init.eye_(hidden)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
-
-
-@torch.no_grad()
-def _end_like(heads: Heads, norm: nn.RMSNorm) -> None:
-    """Undo the trunk's last norm before the block and do it again after: norms of ones would repeat
-    head 1 at another temperature.
-    """
-    for head in heads.heads[1:]:
-        head.hnorm.weight.copy_(1 / norm.weight)
-        head.post_norm.weight.copy_(norm.weight)
 
 
 def save_heads(model: AttachedHeads, folder: str | Path) -> Path:
