@@ -131,7 +131,7 @@ ENTITIES = _kinds()
 def schema(rng: random.Random) -> tuple[Table, ...]:
     """One table, or two in any order, the rows of one of which refer to a row of the other."""
     chosen = rng.sample(ENTITIES, rng.choice((1, 2, 2, 2)))
-    tables = []
+    tables: list[Table] = []
     for name, plural, numbers, texts in chosen:
         columns = [*rng.sample(numbers, rng.randint(1, 2)), *rng.sample(texts, rng.randint(1, 2))]
         rng.shuffle(columns)

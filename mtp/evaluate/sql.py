@@ -272,12 +272,12 @@ class _Author:
             return Phrase(says, f"{self.field(table, columns[0])} = '{value}'")
         either = len(columns) == 2 and self.rng.random() < 0.25
         frame = self.choice(EITHER if either else FRAMES)
-        says, sql = [table.plural], []
+        parts, sql = [table.plural], []
         for i, column in enumerate(columns):
             c, rest, condition = self.condition(table, column)
-            says.append(frame[min(i, 1)].format(c, rest))
+            parts.append(frame[min(i, 1)].format(c, rest))
             sql.append(condition)
-        return Phrase(" ".join(says), (" OR " if either else " AND ").join(sql))
+        return Phrase(" ".join(parts), (" OR " if either else " AND ").join(sql))
 
     def condition(self, table: Table, column: Column) -> tuple[str, str, str]:
         """The column's name, what is asked of it, and that in SQL."""
@@ -355,9 +355,8 @@ def is_right(problem: Problem, answer: str) -> bool:
             except (sqlite3.Error, sqlite3.Warning, ValueError):  # ValueError: a zero byte
                 return False
             expected = _run(database, problem.query)
-        if " ORDER BY " not in problem.query:
-            found, expected = Counter(found), Counter(expected)
-        if found != expected:
+        ordered = " ORDER BY " in problem.query
+        if found != expected if ordered else Counter(found) != Counter(expected):
             return False
     return True
 
