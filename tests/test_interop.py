@@ -1,6 +1,8 @@
 """Models of others decode here as they do at home, and go in and out with the same logits."""
 
 import json
+import os
+import pickle
 from functools import cache
 
 import pytest
@@ -466,6 +468,34 @@ def test_broken_files_are_named(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged"):
         load_llama(folder)
+
+
+def test_a_broken_shard_is_named(tmp_path):
+    tiny_of("llama").save_pretrained(tmp_path / "sharded", max_shard_size="4KB")
+    shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        load_llama(tmp_path / "sharded")
+
+
+class Opened:
+    """A pickle of it makes a folder when it is opened."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+def test_weights_in_a_pickle_are_not_opened(tmp_path):
+    folder, _ = folder_of(tmp_path / "theirs")
+    (folder / WEIGHTS).unlink()
+    for name in ("pytorch_model.bin", WEIGHTS):
+        (folder / name).write_bytes(pickle.dumps(Opened(tmp_path / "ran")))
+        with pytest.raises((FileNotFoundError, ValueError), match=f"{WEIGHTS} is (missing|damag)"):
+            load_llama(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -159,3 +159,20 @@ def test_nothing_that_can_run_is_fetched():
     names = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
     others = ["pytorch_model.bin", "modeling.py", "consolidated.pth", "model.gguf"]
     assert [*filter_repo_objects([*names, *others], allow_patterns=[*WANTED])] == names
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_both_ways(tmp_path):
+    says = "{}: the tokenizer has 257 tokens, the model vocab_size=100"
+    with pytest.raises(ValueError, match=says.format("out")):
+        save_pretrained(tiny(vocab_size=100), tmp_path / "out", ByteTokenizer(), CARD)
+    assert not [*tmp_path.iterdir()]
+    checkpoint.save(tiny(vocab_size=100), tmp_path / "in", ByteTokenizer())
+    with pytest.raises(ValueError, match=says.format("in")):
+        from_pretrained(tmp_path / "in")
+
+
+def test_a_full_disk_leaves_no_card_without_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="cannot write the checkpoint .*out: .* MiB are free"):
+        save_pretrained(small(), tmp_path / "out", ByteTokenizer(), CARD)
+    assert not [*tmp_path.iterdir()]
