@@ -404,6 +404,11 @@ class Transformer(nn.Module):
     def _ahead(self, text: Tensor, j: int, length: int) -> Tensor:
         return self.embedding(text[:, j : j + length])
 
+    def latent(self, tokens: Tensor) -> Tensor:
+        """Ids (B, T) -> head 1's latent (B, T, D) before the norm, without a cache."""
+        place = self._place(tokens.shape[1], None)
+        return self.heads.next(self._trunk(tokens, place), *place, ())[0]
+
     def _place(self, length: int, layout: Layout | None) -> Place:
         if layout is not None:
             return self.rotary(layout.positions), layout

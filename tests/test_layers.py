@@ -14,7 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "mtp").rglob("*.py"))
 OPTIONAL = (
     *("hydra", "omegaconf", "yaml", "sentencepiece", "datasets", "matplotlib"),
-    *("tensorboard", "safetensors", "pyarrow", "transformers", "huggingface_hub", "lm_eval"),
+    *(
+        "tensorboard",
+        "safetensors",
+        "pyarrow",
+        "transformers",
+        "huggingface_hub",
+        "lm_eval",
+        "peft",
+    ),
 )
 # A module may import what stands in the levels above its own line, the first two lines nothing.
 LEAVES = {
@@ -42,7 +50,7 @@ USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
     *("mtp.evaluate.samples", "mtp.interop.attach", "mtp.interop.huggingface"),
     *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub"),
-    *("mtp.interop.states", "mtp.interop.draft_loss"),
+    *("mtp.interop.states", "mtp.interop.draft_loss", "mtp.interop.tuning"),
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
 SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only transformers is

@@ -85,10 +85,18 @@ class Trunk(NamedTuple):
     norm: Callable[[Tensor], Tensor]
     output: Unembedding
 
+    @property
+    def module(self) -> nn.Module:
+        """What holds the parameters: the model, or the one in its adapter."""
+        return self.model if isinstance(self.model, nn.Module) else self.model.model
+
 
 class AttachedHeads(nn.Module):
     """Decodes and trains like a `Transformer`. The trunk is no submodule: parameters, gradients,
     optimizer states and files are those of the heads alone, and `to` moves or casts only them.
+
+    tuned: parameters of the trunk that learn too, see `mtp.interop.tuning`, and are then treated
+    like those of heads.
     """
 
     def __init__(self, trunk: Trunk, heads: Heads, kind: str, rotary: Rotary | None) -> None:
@@ -96,6 +104,7 @@ class AttachedHeads(nn.Module):
         self.trunk, self.heads, self.kind, self.rotary = trunk, heads, kind, rotary
         self.config: Sizes = trunk.model.config
         self.n_future_tokens = len(heads.heads)
+        self.tuned = nn.ParameterDict()
 
     def forward(
         self,
@@ -107,9 +116,9 @@ class AttachedHeads(nn.Module):
         """Without `score`: ids (B, T) -> the trunk's logits (B, T, V).
 
         With `score`: rows (B, T + n) -> what score(fns, inputs, weights, params) returns for the
-        first T positions. The cut is at the latents, whatever `cut` says: of the trunk, which is
-        read without a graph, nothing is kept. `states`: what `self.states` gave for these positions
-        earlier, and the trunk does not run.
+        first T positions. The cut is at the latents, whatever `cut` says: of a trunk that does not
+        learn, which is read without a graph, nothing is kept. `states`: what `self.states` gave for
+        these positions earlier, and the trunk does not run.
         """
         if score is None:
             return self.trunk.model(row)
@@ -122,14 +131,23 @@ class AttachedHeads(nn.Module):
             memo, lambda j: embedded[:, j : j + h.shape[1]].to(dtype), rotation, None, (), n
         )
         latents = [x.to(h.dtype) for x in (first, *rest)]
-        return score([lambda x: x] * n, latents, [self.output.weights[0].detach()], ())
+        matrix = self.output.weights[0]
+        return score([lambda x: x] * n, latents, [matrix if self.tuned else matrix.detach()], ())
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Ids (B, T) -> what the unembedding reads (B, T, D), with a graph if the trunk learns."""
+        if tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens exceed max_seq_len={self.config.max_seq_len}"
+            )
+        if self.tuned and torch.is_grad_enabled():
+            return self.trunk.norm(self.trunk.model.latent(tokens))
+        return self._frozen_states(tokens)
 
     @torch.no_grad()
-    def states(self, tokens: Tensor) -> Tensor:
-        """Ids (B, T) -> what the unembedding reads (B, T, D), as decoding reads a prompt."""
+    def _frozen_states(self, tokens: Tensor) -> Tensor:
+        """As decoding reads a prompt."""
         (rows, length), model = tokens.shape, self.trunk.model
-        if length > self.config.max_seq_len:
-            raise ValueError(f"{length} tokens exceed max_seq_len={self.config.max_seq_len}")
         cache = self._new_cache(self.next_layers, rows, length)
         layout = chain(0, [0] * rows, length, length, self.embedding.weight)
         return self.trunk.norm(model.read(tokens, layout, cache)[0])
@@ -388,14 +406,13 @@ def describe(trunk: Trunk) -> dict[str, Any]:
     """What tells a trunk from others, in whatever type it is loaded: a hash of some numbers of
     every parameter, rounded to bfloat16.
     """
-    module = trunk.model if isinstance(trunk.model, nn.Module) else trunk.model.model
     digest = hashlib.sha256()
-    for p in module.parameters():
+    for p in trunk.module.parameters():
         some = p.detach().flatten()[:: max(1, p.numel() // SAMPLED)].cpu()
         digest.update(some.bfloat16().view(torch.int16).numpy().tobytes())
     vocab_size, dim = trunk.output.weights[0].shape
     return {
-        "architecture": type(module).__name__,
+        "architecture": type(trunk.module).__name__,
         "vocab_size": vocab_size,
         "dim": dim,
         "fingerprint": digest.hexdigest()[:16],

@@ -62,6 +62,10 @@ class CausalLM:
         """Ids (R, T) -> logits (R, T, V), as the model itself reads a text."""
         return self.model(input_ids=tokens, use_cache=False).logits
 
+    def latent(self, tokens: Tensor) -> Tensor:
+        """Ids (R, T) -> last hidden state (R, T, D), for training: without a cache."""
+        return self.base(input_ids=tokens, use_cache=False).last_hidden_state
+
     def packed(self) -> CausalLM:
         """A copy for decoding on a CPU, see `mtp.packed`; itself where there is nothing to gain."""
         weight = self.embedding.weight
