@@ -391,7 +391,8 @@ class Transformer(nn.Module):
         return self.output(latents, lambda x, w: score([lambda latent: latent] * n, x, w, ()))
 
     def _logits_of_heads(self, tokens: Tensor, place: Place, upto: int) -> list[Tensor]:
-        text, length, logits = tokens, tokens.shape[1], []
+        text, length = tokens, tokens.shape[1]
+        logits: list[Tensor] = []
 
         def future(j: int) -> Tensor:
             return self._ahead(text, j, length)
