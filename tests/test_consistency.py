@@ -196,6 +196,7 @@ def test_places_are_scored_from_the_first_wrong_token_to_the_end_of_window_or_re
     assert [*scored([5, 6, 7, 9], fixed, 3)] == [*scored(fixed, fixed, 9)] == []
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler asks for it
 def test_compiled_blocks_take_packed_rows():
     batch, loss_fn = one_batch([trajectory()]), ConsistencyLoss()
     model, compiled = tiny(), tiny()
