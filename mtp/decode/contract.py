@@ -26,9 +26,9 @@ class Layout(NamedTuple):
     """rows: which rows of the batch. where (R*T,): flat slots, row * slots + slot. positions (R,
     T).
 
-    mask: what is added to attention scores, or bool, (R, 1, T, span); None says that a pass is causal from
-    slot 0 on, or that its single column sees every slot below span, and lets attention take its
-    fast path. span: upper bound of the slots in use.
+    mask: what is added to attention scores, or bool, (R, 1, T, span); None says that a pass is
+    causal from slot 0 on, or that its single column sees every slot below span, and lets attention
+    take its fast path. span: upper bound of the slots in use.
     """
 
     rows: slice
