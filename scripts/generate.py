@@ -47,11 +47,12 @@ class GenerateConfig:
     max_new_tokens: int = 256
     samples: int = 1  # per prompt, with seeds seed, seed + 1, ...
     seed: int = 0
-    drafter: str = "none"  # or heads, model, lookup
+    drafter: str = "none"  # or heads, model, lookup, jacobi
     draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model
     depth: Any = None  # most guesses per step; null: what the drafter likes; auto: as many as pay
     tree: int | None = None  # for drafter=heads: that many guesses per step, as a tree
     vocabulary: str | None = None  # for drafter=heads: scripts/draft_vocabulary.py wrote it
+    pool: int | None = None  # for drafter=jacobi: that many branches per step
     rule: str = "match"
     stop: list[str] = field(default_factory=list)  # strings that end a text, and are left out
     batch_size: int = 8
@@ -145,6 +146,7 @@ def _prepare(
             depth=None if config.depth == "auto" else config.depth,
             tree=config.tree,
             vocabulary=_vocabulary(config),
+            pool=config.pool,
             draft=_draft(config, found.tokenizer, precision),
         )
         loaded[precision] = model, drafter

@@ -105,7 +105,9 @@ def test_a_choice_that_does_not_depend_on_the_text_stands_once_it_is_made(depth,
     "make", [lambda: Jacobi(6, pool=3), lambda: Jacobi(5, 2, OwnHeads()), lambda: Jacobi(8)]
 )
 def test_a_row_alone_is_the_row_in_a_batch(make, model):
-    """Guesses and branches too, up to the last steps, which may be shorter alone."""
+    """Guesses and branches too, up to the last steps: they may be shorter alone, and a row that
+    moves has forgotten its guesses.
+    """
     requests = [*some_requests(stop=False, max_new_tokens=30)]
     for i, request in enumerate(requests):
         request.prompt, request.max_new_tokens = requests[i % 4].prompt, 20 + 3 * i

@@ -363,8 +363,9 @@ DRAFTERS: dict[str, tuple[Callable[..., Drafter], tuple[str, ...]]] = {  # and w
 
 
 def make_drafter(name: str, **settings: Any) -> Drafter:
-    """A drafter by its word. settings: depth, tree, vocabulary, draft (the model for "model"), as
-    far as it takes them; None lets it choose. ValueError names what is allowed.
+    """A drafter by its word. settings: depth, tree, vocabulary, draft (the model for "model"), pool
+    and first ("text" or "heads", for "jacobi"), as far as it takes them; None lets it choose.
+    ValueError names what is allowed.
     """
     if name not in DRAFTERS:
         raise ValueError(f"drafter={name!r} is unknown: allowed are {', '.join(DRAFTERS)}")

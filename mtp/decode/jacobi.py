@@ -62,10 +62,7 @@ class Jacobi:
         if state.choices is None:
             state.choices = torch.full_like(state.text, -1)
         self.first.admit(state, row, source)
-        self.learned[row], self.after[row] = 0, {}
-        # A text that moves keeps its length; with other texts of its prompt it shares nothing.
-        if source is not None and source != row and state.length[source] == state.length[row]:
-            self.learned[row], self.after[row] = self.learned[source], dict(self.after[source])
+        self.learned[row], self.after[row] = 0, {}  # one that moves learns from its text anew
 
     def propose(self, state: State, k: int) -> Draft:
         assert state.choices is not None
