@@ -427,7 +427,8 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     values |= {"bandwidth": bandwidth_limit(model, found), "disturbed": disturbances(load, found)}
     path = record(config.name, values | {"load_before": round(load, 2), "batches": found}, config)
     try:
-        decode_panels(found, path.with_suffix(".png"))
+        panels = {f"batch {rows}": of_all for rows, of_all in found.items()}
+        decode_panels(panels, path.with_suffix(".png"))
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
     return values

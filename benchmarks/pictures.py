@@ -96,8 +96,8 @@ def memory_panels(cases: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def decode_panels(found: Mapping[int, Mapping[str, dict[str, Any]]], path: Path) -> None:
-    """A panel per batch size: tokens per second of every contender, ours in blue, and its speedup
+def decode_panels(found: Mapping[str, Mapping[str, dict[str, Any]]], path: Path) -> None:
+    """A panel per setting: tokens per second of every contender, ours in blue, and its speedup
     over the first one with quartiles.
     """
     import matplotlib
@@ -110,7 +110,7 @@ def decode_panels(found: Mapping[int, Mapping[str, dict[str, Any]]], path: Path)
     figure, grid = plt.subplots(
         len(found), figsize=size, dpi=110, squeeze=False, gridspec_kw=ratios, layout="constrained"
     )
-    for axes, (rows, of_all) in zip(grid.flat, found.items(), strict=True):
+    for axes, (setting, of_all) in zip(grid.flat, found.items(), strict=True):
         plain = next(iter(of_all.values()))["tokens_per_second"]
         for name, f in of_all.items():
             speed, (low, high) = f["tokens_per_second"], f["speedup_iqr"]
@@ -118,7 +118,7 @@ def decode_panels(found: Mapping[int, Mapping[str, dict[str, Any]]], path: Path)
             axes.plot([low * plain, high * plain], [name, name], color="0.2", lw=1.2)
             axes.text(0, name, f" {f['speedup']:.2f}", va="center", color="white", fontsize=8)
         axes.invert_yaxis()
-        axes.set_title(f"batch {rows}", fontsize=10, loc="left")
+        axes.set_title(setting, fontsize=10, loc="left")
         axes.tick_params(labelsize=8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
