@@ -24,7 +24,7 @@ HARMFUL = {
     "loads code": "SELECT load_extension('x') FROM {}",
     "fills memory": "SELECT randomblob(1000000000) FROM {}",
     "does not end": "WITH x(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM x) SELECT i FROM x",
-    "takes too long": "SELECT COUNT(*) FROM {0} a, {0} b, {0} c, {0} d, {0} e",
+    "takes too long": "SELECT * FROM ({1}) WHERE (SELECT COUNT(*) FROM {0}, {0} b, {0} c, {0} d) > 0",
     "is no SQL": "SELEC name FROM {}",
     "holds a zero byte": "SELECT name\0 FROM {}",
     "is empty": "",
@@ -136,7 +136,7 @@ def test_other_words_for_the_same_rows_are_right(train):
 def test_an_answer_that_would_do_harm_is_wrong_and_does_none(train, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     problem = train[0]
-    assert not sql.is_right(problem, HARMFUL[kind].format(problem.tables[0].name))
+    assert not sql.is_right(problem, HARMFUL[kind].format(problem.tables[0].name, problem.query))
     assert sql.is_right(problem, problem.query)
     assert not list(tmp_path.iterdir())
 
