@@ -18,6 +18,7 @@ from mtp import checkpoint
 from mtp.interop.fetch import fetched
 from mtp.interop.llama import load_llama, save_llama
 from mtp.interop.meta import load_meta, save_meta
+from mtp.interop.sequential import save_mimo, save_transformers
 from mtp.interop.speculative import save_speculative
 from mtp.tokenizer import (
     INDEX_FILE,
@@ -45,7 +46,7 @@ class Format(NamedTuple):
 class ConvertConfig:
     source_format: str = MISSING  # mtp, llama or meta
     source: str = MISSING  # a folder; of a llama also a name on the Hugging Face hub
-    out_format: str = MISSING  # or speculative
+    out_format: str = MISSING  # or one that goes only out
     out: str = MISSING  # a new folder
     precision: str = "float32"  # or bfloat16: of the weights written
     like: str | None = None  # Hugging Face folder whose tokenizer goes out instead of the source's
@@ -58,9 +59,9 @@ class ConvertConfig:
         ):
             if (value := getattr(self, key)) not in allowed:
                 raise ValueError(f"{key}={value!r}: allowed are {', '.join(allowed)}")
-        if self.like is not None and self.out_format not in LLAMAS:
+        if self.like is not None and self.out_format not in LIKE:
             raise ValueError(
-                f"like={self.like!r} is for out_format={' or '.join(LLAMAS)}, not {self.out_format}"
+                f"like={self.like!r} is for out_format={', '.join(LIKE)}, not {self.out_format}"
             )
         if Path(self.out).exists():
             raise ValueError(f"out={self.out!r}: exists already and is not overwritten")
@@ -99,12 +100,14 @@ def _with_theirs(save: Callable[..., object]) -> Write:
     return write
 
 
-LLAMAS = ("llama", "speculative")
+LIKE = ("llama", "speculative", "transformers", "mimo")
 FORMATS = {
     "mtp": Format(_read_ours, lambda model, tokenizer, c: mtp.save(model, c.out, tokenizer)),
     "llama": Format(_read_llama, _with_theirs(save_llama)),
     "meta": Format(load_meta, _write_meta),
     "speculative": Format(None, _with_theirs(save_speculative)),
+    "transformers": Format(None, _with_theirs(save_transformers)),
+    "mimo": Format(None, _with_theirs(save_mimo)),
 }
 
 

@@ -208,7 +208,10 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
             (ConvertConfig, {"source_format": "mtp", "out_format": "mtp"} | more, words)
             for more, words in (
                 ({"precision": "fp8"}, "precision='fp8': allowed are float32, bfloat16"),
-                ({"like": "x"}, "like='x' is for out_format=llama or speculative, not mtp"),
+                (
+                    {"like": "x"},
+                    "like='x' is for out_format=llama, speculative, transformers, mimo",
+                ),
                 ({"out": str(CONFIGS)}, f"out='{CONFIGS}': exists already"),
             )
         ),

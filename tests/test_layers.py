@@ -62,6 +62,7 @@ ORDERED = [
 ]
 ABOVE = {  # some of USERS, or of those before
     "mtp.interop.folder": {"mtp.interop.attach", "mtp.interop.huggingface"},
+    "mtp.interop.sequential": {"mtp.interop.attach", "mtp.interop.llama"},
     "mtp.interop.speculative": {"mtp.interop.attach", "mtp.interop.llama"},
     ADAPTER: {"mtp.interop.folder"},
 }

@@ -191,13 +191,24 @@ def save_llama(
     special ids come along, of a folder the generation config too. also: writes to the folder what
     else is to lie there.
     """
-    folder = Path(folder)
-    config = llama_config(model.config)
-    config["torch_dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    config |= _special_ids(like, model.config.vocab_size)
-    weights = {name: t.detach().contiguous() for name, t in llama_weights(model).items()}
+    weights = llama_weights(model)
     if model.config.tie_embeddings:
         del weights["lm_head.weight"]
+    return write_folder(folder, llama_config(model.config), weights, like, also)
+
+
+def write_folder(
+    folder: str | Path,
+    config: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    like: Like = None,
+    also: Callable[[Path], object] = lambda folder: None,
+) -> Path:
+    """A Hugging Face folder of a config and weights by their names, see `save_llama`."""
+    folder, dtype = Path(folder), weights["model.embed_tokens.weight"].dtype
+    config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config |= _special_ids(like, config["vocab_size"])
+    weights = {name: t.detach().contiguous() for name, t in weights.items()}
     with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
         write_tensors(weights, temporary / WEIGHTS, PYTORCH)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
