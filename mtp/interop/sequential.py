@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtp.heads import SequentialHead
 from mtp.interop.attach import AttachedHeads
 from mtp.interop.llama import Like, layer_weights, llama_config, llama_weights, write_folder
 from mtp.model import Transformer
@@ -30,7 +29,7 @@ Weights = dict[str, Tensor]
 
 class Parts(NamedTuple):
     trunk: Transformer
-    heads: list[SequentialHead]
+    heads: list[Any]  # SequentialHead
 
 
 def save_transformers(
@@ -89,11 +88,12 @@ def save_mimo(model: Transformer | AttachedHeads, folder: str | Path, like: Like
 
 
 def _parts(model: Transformer | AttachedHeads) -> Parts:
-    attached = isinstance(model, AttachedHeads)
-    kind = model.kind if attached else model.config.head
+    if isinstance(model, AttachedHeads):
+        trunk, kind = model.trunk.model, model.kind
+    else:
+        trunk, kind = model, model.config.head
     if kind != "sequential":
         raise ValueError(f"kind={kind!r} is no sequential head: allowed is sequential")
-    trunk = model.trunk.model if attached else model
     if not isinstance(trunk, Transformer):
         raise ValueError(
             f"{trunk.name} is another library's model: heads go out on a trunk of ours, as "
@@ -106,7 +106,7 @@ def _parts(model: Transformer | AttachedHeads) -> Parts:
     return Parts(trunk, list(model.heads.heads[1:]))
 
 
-def _post_norm(head: SequentialHead, like: Tensor) -> Tensor:
+def _post_norm(head: Any, like: Tensor) -> Tensor:
     """The weight of the head's own last norm; ones where it ends in the model's."""
     weight = getattr(head.post_norm, "weight", None)
     return torch.ones_like(like) if weight is None else weight.to(like)

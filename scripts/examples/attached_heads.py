@@ -40,10 +40,9 @@ class AttachedHeads(nn.Module):
         """
         n = self.n_future_tokens
         z = self.causal_lm.base_model(input_ids=row[:, :-n], use_cache=False).last_hidden_state
+        embedding = self.causal_lm.get_input_embeddings()
         first, memo = self.heads.next(z, None, None, ())
-        later = self.heads.rest(
-            memo, lambda ahead: z, None, None, (), n
-        )  # none of them looks ahead
-        latents = [first, *later]
+        rest = self.heads.rest(memo, lambda j: embedding(row[:, j : j - n]), None, None, (), n)
+        latents = [first, *rest]
         weight_VD = self.causal_lm.get_output_embeddings().weight
         return score([lambda latent: latent] * n, latents, [weight_VD], ())
