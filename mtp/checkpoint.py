@@ -56,14 +56,15 @@ class TrainingState:
 
 
 def save(
-    model: Transformer,
+    model: Any,
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     training: TrainingState | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint; of a sharded model, all ranks together. FileExistsError if `folder`
-    exists; OSError, naming it, if it cannot be written whole.
+    """Write a checkpoint of a `Transformer`, or of what else is a module and has a dataclass as
+    `config`; of a sharded model, all ranks together. FileExistsError if `folder` exists; OSError,
+    naming it, if it cannot be written whole.
     """
     folder = Path(folder)
     parts = {_MODEL: {name: t.detach() for name, t in _stored_tensors(model).items()}}
@@ -263,7 +264,6 @@ def newest_intact(run_dir: Path) -> Path:
 
 def check(folder: Path) -> None:
     """Damaged names a file of the checkpoint that is not what was written."""
-    load_config(folder)
     for name, value in _read_config(folder).get("checksums", {}).items():
         if not (folder / name).is_file() or _checksum(folder / name) != value:
             raise Damaged(f"{folder / name} is damaged: it is not what was written")
@@ -291,12 +291,7 @@ def load(
 
 
 def load_config(folder: Path) -> ModelConfig:
-    config = _read_config(folder)
-    version, values = config["format_version"], config["model"]
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version}; this release reads {FORMAT_VERSION}"
-        )
+    values = _read_config(folder)["model"]
     unknown = set(values) - {f.name for f in fields(ModelConfig)}
     if unknown:
         raise ValueError(f"{folder / _CONFIG} has unknown model keys: {', '.join(sorted(unknown))}")
@@ -306,9 +301,14 @@ def load_config(folder: Path) -> ModelConfig:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / _CONFIG).read_text())
-        return config | {"format_version": config["format_version"], "model": {**config["model"]}}
+        version, model = config["format_version"], {**config["model"]}
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{folder / _CONFIG} is no checkpoint config: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}; this release reads {FORMAT_VERSION}"
+        )
+    return config | {"model": model}
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -44,6 +44,7 @@ from mtp.trajectory_files import read_trajectories
 
 log = logging.getLogger("mtp")
 RESUME = ("false", "true", "auto")
+RECORD, METRICS = "run.json", "metrics.jsonl"
 
 
 @dataclass
@@ -72,10 +73,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        self.resume = str(self.resume).lower()  # YAML reads the first two as booleans
-        for key, allowed in (("resume", RESUME), ("objective", tuple(OBJECTIVES))):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key}={getattr(self, key)!r}: allowed are {', '.join(allowed)}")
+        self.resume = resume_word(self.resume)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r}: allowed are {', '.join(OBJECTIVES)}")
         if self.objective == "consistency" and self.consistency.trajectories is None:
             raise ValueError("consistency.trajectories: give the folder of a collection")
         if self.init_from is None:
@@ -83,6 +83,14 @@ class RunConfig:
         for key, value in (("model", ModelConfig()), ("data.tokenizer", DataConfig.tokenizer)):
             if attrgetter(key)(self) != value:
                 raise ValueError(f"{key}: not together with init_from, which brings its own")
+
+
+def resume_word(resume: object) -> str:
+    """One of RESUME: YAML reads the first two as booleans."""
+    word = str(resume).lower()
+    if word not in RESUME:
+        raise ValueError(f"resume={word!r}: allowed are {', '.join(RESUME)}")
+    return word
 
 
 def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
@@ -104,25 +112,62 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
     info("%s", describe(expected))
     if config.dry_run:
         return None
-    source = from_rank_zero(lambda: _open_run_dir(config, expected["disk_bytes"]))
+    source = from_rank_zero(lambda: open_run_dir(run_dir, config.resume, expected["disk_bytes"]))
     if source is not None:
         _check_same(checkpoint.load_config(source), model_config)
     batches, evaluate, notes = objective.data(config, tokenizer, model_config)
     notes |= {"tokenizer": tokenizer.fingerprint}
     model = Transformer(model_config, torch.Generator().manual_seed(config.train.seed)).to(device)
     prepare(model, config.train)
-    state = None
+    if source is None and config.init_from is not None:
+        checkpoint.load_weights(model, checkpoint.find(config.init_from))
+    return train_in(
+        run_dir,
+        source,
+        model,
+        batches,
+        loss_fn,
+        config.train,
+        hooks=lambda at_start: [
+            *_beside(config, tokenizer, expected["flops_per_token"], at_start),
+            *hooks,
+        ],
+        evaluate=evaluate,
+        record=asdict(config),
+        tokenizer=tokenizer,
+        notes=notes,
+    )
+
+
+def train_in(
+    run_dir: Path,
+    source: Path | None,
+    model: Any,
+    batches: Source,
+    loss_fn: Loss,
+    config: TrainConfig,
+    *,
+    hooks: Callable[[int], Sequence[Hook]],
+    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None,
+    record: dict[str, Any],
+    tokenizer: Tokenizer,
+    notes: dict[str, Any],
+) -> Progress:
+    """Train with checkpoints in a run directory, from the one that `open_run_dir` found, if any.
+
+    hooks: by the step at which training begins. record: the run as configured, for run.json. notes:
+    what checkpoints are to remember.
+    """
+    info, state = log.info if rank() == 0 else log.debug, None
     if source is not None:
         checkpoint.load_weights(model, source)
         state = checkpoint.load_training(source, model)
         info("going on from %s", source)
-    elif config.init_from is not None:
-        checkpoint.load_weights(model, checkpoint.find(config.init_from))
     at_start = state.progress["step"] if state else 0
-    if at_start >= config.train.steps:
+    if at_start >= config.steps:
         info("the run has done its %d steps already: nothing is left to do", at_start)
     if rank() == 0:
-        checkpoint.write_text(run_dir / "run.json", json.dumps(asdict(config), indent=1))
+        checkpoint.write_text(run_dir / RECORD, json.dumps(record, indent=1))
 
     def save(progress: Progress, optimizer: Optimizer) -> None:
         training = checkpoint.TrainingState(
@@ -132,15 +177,15 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
         checkpoint.save(model, folder, tokenizer, training, notes)
         info("saved %s", folder)
         if rank() == 0:
-            checkpoint.tidy(run_dir, config.train.keep_last)
+            checkpoint.tidy(run_dir, config.keep_last)
 
     with StopSignals() as stop:
         progress = train(
             model,
             batches,
             loss_fn,
-            config.train,
-            hooks=[*_beside(config, tokenizer, expected["flops_per_token"], at_start), *hooks],
+            config,
+            hooks=hooks(at_start),
             evaluate=evaluate,
             save=save,
             resume=state,
@@ -170,7 +215,7 @@ def _beside(config: RunConfig, tokenizer: Tokenizer, flops: float, at_start: int
     run_dir = Path(config.run_dir)
     hooks: list[Hook] = [
         Utilisation(flops, config.train.precision),
-        JsonlLog(run_dir / "metrics.jsonl", at_start),
+        JsonlLog(run_dir / METRICS, at_start),
         console,
     ]
     if config.tensorboard:
@@ -186,7 +231,7 @@ def data_of(where: str | Path) -> DataConfig:
     """The data of the run that left a checkpoint, `where` as for `mtp.load`. ValueError if a run
     did not leave it.
     """
-    written = checkpoint.find(where).parent.parent / "run.json"
+    written = checkpoint.find(where).parent.parent / RECORD
     if not written.is_file():
         raise ValueError(f"no {written} tells the data that {where} was trained on")
     return DataConfig(**json.loads(written.read_text(encoding="utf-8"))["data"])
@@ -207,17 +252,17 @@ def find_device(name: str) -> torch.device:
 
 
 def evaluator(
-    held_out: Corpus, config: RunConfig, n: int
+    held_out: Corpus, data: DataConfig, config: TrainConfig, n: int
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """Validation on eval_batches batches, the same each time, shared among ranks."""
     ranks = (rank(), world_size())
-    rows = config.train.batch_size
-    batches = Batches(held_out, config.data.seq_len, n, rows, 0, *ranks, epochs=1)
+    rows = config.batch_size
+    batches = Batches(held_out, data.seq_len, n, rows, 0, *ranks, epochs=1)
     start = batches.state_dict()
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         batches.load_state_dict(start)
-        chosen = islice(batches, -(-config.train.eval_batches // world_size()))
+        chosen = islice(batches, -(-config.eval_batches // world_size()))
         return validate(model, chosen, n, held_out.bytes_per_token)
 
     return evaluate
@@ -250,7 +295,7 @@ def _token_loss(config: RunConfig, model: ModelConfig) -> Loss:
 def _tokens(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Data:
     data, n, rows = config.data, model.n_future_tokens, config.train.batch_size
     ranks = (rank(), world_size())
-    evaluate = evaluator(load_corpus(data, tokenizer, True), config, n)
+    evaluate = evaluator(load_corpus(data, tokenizer, True), data, config.train, n)
     if data.streaming:
         stream = StreamingBatches(
             lambda: iter_documents(data, False), tokenizer, data.seq_len, n, rows, *ranks
@@ -289,17 +334,16 @@ OBJECTIVES = {
 }
 
 
-def _open_run_dir(config: RunConfig, disk_bytes: float) -> Path | None:
+def open_run_dir(run_dir: Path, resume: str, disk_bytes: float) -> Path | None:
     """Make sure that the run can write there, and that nothing is mixed up with an earlier run; ->
     the checkpoint to go on from.
     """
-    run_dir = Path(config.run_dir)
     started = bool(checkpoint.of_run(run_dir))
-    if started and config.resume == "false":
+    if started and resume == "false":
         raise ValueError(
             f"run_dir={run_dir} holds a run already: say resume=true or choose another"
         )
-    if not started and config.resume == "true":
+    if not started and resume == "true":
         raise ValueError(f"resume=true, but run_dir={run_dir} holds no checkpoint")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -348,16 +392,21 @@ def estimate(model: ModelConfig, config: TrainConfig, seq_len: int) -> dict[str,
     width = 2 if config.precision == "bfloat16" else 4
     activations = tokens * len(shapes.blocks) * (12 * model.dim + 4 * model.ffn_dim) * width
     per_token = 6 * multiplied + 6 * model.n_layers * model.dim * seq_len
-    saves = -(-config.steps // config.save_every) if config.save_every else 1
-    if config.keep_last:  # one more while the oldest is not gone yet
-        saves = min(saves, config.keep_last + 1)
     return {
         "parameters": parameters,
         "memory_bytes": 16 * parameters + activations,
         "flops_per_token": per_token,
         "flops": per_token * tokens * config.accumulation * config.steps * world_size(),
-        "disk_bytes": 12 * parameters * saves,
+        "disk_bytes": disk_bytes(parameters, config),
     }
+
+
+def disk_bytes(parameters: int, config: TrainConfig) -> int:
+    """What a run's checkpoints take: weights and AdamW's two moments, of each that stays."""
+    saves = -(-config.steps // config.save_every) if config.save_every else 1
+    if config.keep_last:  # one more while the oldest is not gone yet
+        saves = min(saves, config.keep_last + 1)
+    return 12 * parameters * saves
 
 
 def describe(expected: dict[str, float]) -> str:

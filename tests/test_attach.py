@@ -1,7 +1,6 @@
 """Heads that are attached to a finished model learn alone, draft, and leave its text as it was."""
 
 import json
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -26,12 +25,10 @@ from test_decode import (  # noqa: E402
 )
 from test_interop import tiny_of  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 from mtp.decode.contract import Request  # noqa: E402
 from mtp.decode.drafters import OwnHeads  # noqa: E402
 from mtp.decode.loop import generate  # noqa: E402
-from mtp.documents import DataConfig  # noqa: E402
 from mtp.interop.attach import (  # noqa: E402
     CONFIG,
     KINDS,
@@ -427,25 +424,3 @@ def small_folder(folder):
     PreTrainedTokenizerFast(tokenizer_object=theirs, eos_token="<end>").save_pretrained(folder)
     tiny_of("llama", vocab_size=len(pieces), spread=0.1).save_pretrained(folder)
     return folder
-
-
-def test_the_command_trains_heads_for_a_folder(tmp_path, capsys):
-    pytest.importorskip("hydra")
-    from scripts.attach import AttachConfig, attach, open_model
-
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for i in range(8):
-        (texts / f"{i}.txt").write_text("abcdefgh" * 30 + str(i))
-    model, out = str(small_folder(tmp_path / "model")), str(tmp_path / "heads")
-    data = DataConfig("folder", str(texts), "*.txt", holdout=["7.txt"], seq_len=16)
-    config = AttachConfig(model, out, 3, data=data, train=settings(30, lr=0.05))
-    attach(config)
-    assert f"written: {out}" in capsys.readouterr().out
-    trunk = CausalLM(AutoModelForCausalLM.from_pretrained(model))
-    heads = load_heads(trunk, out)
-    assert heads.n_future_tokens == 3 and all(p.any() for p in heads.parameters())
-    with pytest.raises(ValueError, match="exists already"):
-        attach(config)
-    again = open_model(replace(config, heads=out))
-    assert torch.equal(next(again.parameters()), next(heads.parameters()))

@@ -55,7 +55,7 @@ def test_losses_and_gradients_are_those_of_a_trunk_that_runs(
 ):
     model = attached(base_of(trunk), kind)
     folder = write_states(tmp_path / "states", model, CORPUS, T, PLENTY, "float32", batch_size=4)
-    stored, run = StateBatches(folder, model, CORPUS, 4), Batches(CORPUS, T, N, 4)
+    stored, run = StateBatches(folder, model, CORPUS, T, 4), Batches(CORPUS, T, N, 4)
     wanted = [learned(model, next(run), objective) for _ in range(4)]  # more than one epoch
     monkeypatch.setattr(model.trunk.model, "read", None)
     for truth in wanted:
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_those_of_a_trunk_that_runs(
 def test_bfloat16_states_are_exact_up_to_their_rounding(kind, tmp_path):
     model, objective = attached(base_of("llama"), kind, 0.1), MultiTokenLoss(N)
     folder = write_states(tmp_path / "states", model, CORPUS, T, PLENTY)
-    batch, plain = next(StateBatches(folder, model, CORPUS, 4)), next(Batches(CORPUS, T, N, 4))
+    batch, plain = next(StateBatches(folder, model, CORPUS, T, 4)), next(Batches(CORPUS, T, N, 4))
     states = model.states(plain.row[:, :-N])
     assert batch.states.dtype == torch.bfloat16
     assert torch.equal(batch.states, states.bfloat16()) and torch.equal(batch.row, plain.row)
@@ -80,7 +80,7 @@ def test_states_of_a_half_precision_trunk_are_exact(tmp_path):
     base.model.bfloat16()
     model = attach_heads(base, N).float()
     folder = write_states(tmp_path / "states", model, CORPUS, T, PLENTY, batch_size=4)
-    batch, plain = next(StateBatches(folder, model, CORPUS, 4)), next(Batches(CORPUS, T, N, 4))
+    batch, plain = next(StateBatches(folder, model, CORPUS, T, 4)), next(Batches(CORPUS, T, N, 4))
     assert torch.equal(batch.states, model.states(plain.row[:, :-N]))
     losses = [validate(model, [b], N, 1.0) for b in (batch, plain)]
     assert losses[0] == losses[1]
@@ -95,7 +95,7 @@ def test_one_folder_trains_heads_of_every_kind_and_number(tmp_path, monkeypatch)
         losses = []
         train(
             model,
-            StateBatches(folder, model, CORPUS, 5, seed=3),
+            StateBatches(folder, model, CORPUS, T, 5, seed=3),
             DraftLoss(n),
             settings(30),
             hooks=[lambda progress, losses=losses: losses.append(progress.metrics)],
@@ -110,7 +110,7 @@ def test_a_budget_leaves_out_rows_evenly_and_says_so(tmp_path, caplog):
         folder = write_states(tmp_path / "states", model, CORPUS, T, 5 * ROW_BYTES + 1)
     assert "5 of 10 rows have states" in caplog.text and "left out" in caplog.text
     assert (folder / STATES).stat().st_size == 5 * ROW_BYTES
-    batches = StateBatches(folder, model, CORPUS, 1, epochs=1)
+    batches = StateBatches(folder, model, CORPUS, T, 1, epochs=1)
     ordered = Batches(CORPUS, T, N, 1, epochs=1, shuffle=False)
     every = {tuple(batch.row[0].tolist()): number for number, batch in enumerate(ordered)}
     found = []
@@ -175,7 +175,7 @@ def test_what_another_trunk_began_is_not_mixed_in(tmp_path):
         write_states(tmp_path / "states", other, CORPUS, T, PLENTY, batch_size=3)
     model = attach_heads(base_of("llama"), N)
     folder = write_states(tmp_path / "states", model, CORPUS, T, PLENTY, batch_size=3)
-    for batch in StateBatches(folder, model, CORPUS, 2, epochs=1):
+    for batch in StateBatches(folder, model, CORPUS, T, 2, epochs=1):
         real = batch.doc[:, 0] >= 0
         torch.testing.assert_close(
             batch.states[real].float(), model.states(batch.row[:, :-N])[real], rtol=2**-8, atol=1e-3
@@ -185,34 +185,36 @@ def test_what_another_trunk_began_is_not_mixed_in(tmp_path):
 def test_batches_go_on_where_they_stopped(tmp_path):
     model = attach_heads(base_of("llama"), N)
     folder = write_states(tmp_path / "states", model, CORPUS, T, PLENTY)
-    first = StateBatches(folder, model, CORPUS, 4, seed=5)
+    first = StateBatches(folder, model, CORPUS, T, 4, seed=5)
     for _ in range(3):
         next(first)
-    second = StateBatches(folder, model, CORPUS, 4, seed=5)
+    second = StateBatches(folder, model, CORPUS, T, 4, seed=5)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     one, other = next(first), next(second)
     assert torch.equal(one.row, other.row) and torch.equal(one.states, other.states)
     fewer = write_states(tmp_path / "fewer", model, CORPUS, T, 5 * ROW_BYTES)
     with pytest.raises(ValueError, match="its rows is 10, not 5"):
-        StateBatches(fewer, model, CORPUS, 4, seed=5).load_state_dict(first.state_dict())
+        StateBatches(fewer, model, CORPUS, T, 4, seed=5).load_state_dict(first.state_dict())
 
 
 def test_states_of_others_and_damaged_ones_are_refused_by_name(tmp_path):
     model = attach_heads(base_of("llama"), N)
     with pytest.raises(FileNotFoundError, match=r"states\.json is missing"):
-        StateBatches(tmp_path, model, CORPUS, 4)
+        StateBatches(tmp_path, model, CORPUS, T, 4)
     folder = write_states(tmp_path / "states", model, CORPUS, T, PLENTY)
     with pytest.raises(ValueError, match=r"states\.json: trunk=.*Llama.*here.*GPT2"):
-        StateBatches(folder, attach_heads(base_of("gpt2"), N), CORPUS, 4)
+        StateBatches(folder, attach_heads(base_of("gpt2"), N), CORPUS, T, 4)
     with pytest.raises(ValueError, match="corpus=seed 0, here seed 1"):
-        StateBatches(folder, model, some_corpus(1), 4)
+        StateBatches(folder, model, some_corpus(1), T, 4)
+    with pytest.raises(ValueError, match="seq_len=8, here 9"):
+        StateBatches(folder, model, CORPUS, T + 1, 4)
     with (folder / STATES).open("ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match=r"states\.bin is damaged"):
-        StateBatches(folder, model, CORPUS, 4)
+        StateBatches(folder, model, CORPUS, T, 4)
     (folder / INDEX).write_text("{}")
     with pytest.raises(ValueError, match=r"states\.json is damaged"):
-        StateBatches(folder, model, CORPUS, 4)
+        StateBatches(folder, model, CORPUS, T, 4)
 
 
 @pytest.mark.parametrize("next_token", [False, True])

@@ -46,7 +46,7 @@ SCHEMAS = {
 }
 NEEDED = {  # what a command or file leaves to the user
     "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
-    "attach": ["trunk=x", "out=y"],
+    "attach": ["trunk=x"],
     "draft_vocabulary": ["checkpoint=x", "out=y"],
     "gather": ["checkpoint=x", "out=y"],
     "collect_trajectories": ["checkpoint=x", "out=y"],
@@ -57,6 +57,7 @@ NEEDED = {  # what a command or file leaves to the user
     "data=shards": ["data.path=x"],
     "data=code": ["data.benchmarks=[]"],
     "experiment=consistency": ["consistency.trajectories=x"],
+    "attach=7b_lora": ["trunk=x", "data.path=y"],
 }
 STREAM = DataConfig("datasets", "x", val_split="x", streaming=True)
 # Gloeckle et al. 2024, table S14: the small models' names leave out the embeddings.
@@ -81,6 +82,7 @@ def choices():
 def test_every_file_is_tried_below():
     tried = {f"{name}.yaml" for name in SCHEMAS}
     tried |= {choice.replace("=", "/") + ".yaml" for choice in choices()}
+    tried |= {f"attach/{name}.yaml" for name in names("attach")}
     tried.add("cluster/slurm.yaml")  # in test_cluster.py, where its launcher is installed
     tried |= {f"lm_eval/{name}.yaml" for name in names("lm_eval")}  # not ours: test_harness.py
     assert {str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")} == tried
@@ -105,6 +107,13 @@ def test_every_choice_composes_into_a_run_whose_rows_fit_its_context(choice):
     config = compose("train", choice, *NEEDED.get(choice, ()))
     assert isinstance(config, RunConfig)
     assert config.model.n_future_tokens <= config.data.seq_len <= config.model.max_seq_len
+
+
+@pytest.mark.parametrize("choice", [f"attach={name}" for name in names("attach")])
+def test_every_choice_composes_into_heads_for_a_trunk(choice):
+    config = compose("attach", choice, *NEEDED[choice])
+    assert isinstance(config, AttachConfig) and config.run_dir != AttachConfig.run_dir
+    assert config.n <= config.data.seq_len
 
 
 def test_without_choices_the_dataclasses_defaults_hold():

@@ -2,7 +2,7 @@
 of every kind and number.
 
     write_states("states", model, corpus, seq_len=1024, budget=8 * 2**30)
-    batches = StateBatches("states", model, corpus, batch_size=8)
+    batches = StateBatches("states", model, corpus, seq_len=1024, batch_size=8)
     train(model, batches, DraftLoss(4), config)            the trunk does not run
 
     states/states.bin     row after row of T x D numbers
@@ -74,22 +74,24 @@ def write_states(
     if dtype not in STORED:
         raise ValueError(f"dtype={dtype!r} is unknown: allowed are {', '.join(STORED)}")
     rows = Batches(corpus, seq_len, 1, batch_size, shuffle=False)
-    trunk = model.identity()
-    row_bytes = seq_len * trunk["dim"] * np.dtype(STORED[dtype]).itemsize
-    index: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "trunk": trunk,
-        "corpus": corpus.fingerprint,
-        "seq_len": seq_len,
-        "dtype": dtype,
-        "rows": _how_many(rows.n_rows, row_bytes, budget),
-    }
+    index = _identity(model, corpus, seq_len)
+    row_bytes = seq_len * index["trunk"]["dim"] * np.dtype(STORED[dtype]).itemsize
+    index |= {"dtype": dtype, "rows": _how_many(rows.n_rows, row_bytes, budget)}
     partial = folder.with_name(f".{folder.name}.partial")
     done = _begin(partial, index, row_bytes)
     _check_room(partial, (index["rows"] - done) * row_bytes)
     _append(partial / STATES, model, rows, done, index, batch_size)
     publish(partial, folder)
     return folder
+
+
+def _identity(model: FrozenTrunk, corpus: Corpus, seq_len: int) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "trunk": model.identity(),
+        "corpus": corpus.fingerprint,
+        "seq_len": seq_len,
+    }
 
 
 def _how_many(n_rows: int, row_bytes: int, budget: int) -> int:
@@ -187,12 +189,13 @@ class StateBatches(Batches):
         folder: str | Path,
         model: FrozenTrunk,
         corpus: Corpus,
+        seq_len: int,
         batch_size: int,
         seed: int = 0,
         epochs: int | None = None,
     ) -> None:
-        index = _read_index(Path(folder), model, corpus)
-        seq_len, count = index["seq_len"], index["rows"]
+        index = _read_index(Path(folder), _identity(model, corpus, seq_len))
+        count = index["rows"]
         super().__init__(corpus, seq_len, model.n_future_tokens, batch_size, seed, epochs=epochs)
         self._rows, self.n_rows = _spread(np.arange(count), count, self.n_rows), count
         self._identity["rows"] = count
@@ -206,7 +209,7 @@ class StateBatches(Batches):
         return StateBatch(super().take(self._rows[row], real), states)
 
 
-def _read_index(folder: Path, model: FrozenTrunk, corpus: Corpus) -> dict[str, Any]:
+def _read_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     file = folder / INDEX
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: the folder holds no states")
@@ -216,11 +219,6 @@ def _read_index(folder: Path, model: FrozenTrunk, corpus: Corpus) -> dict[str, A
         size = index["rows"] * index["seq_len"] * index["trunk"]["dim"] * width
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
-    wanted = {
-        "format_version": FORMAT_VERSION,
-        "trunk": model.identity(),
-        "corpus": corpus.fingerprint,
-    }
     for key, value in wanted.items():
         if index[key] != value:
             raise ValueError(f"{file}: {key}={index[key]}, here {value}: write other states")
