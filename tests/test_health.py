@@ -122,7 +122,8 @@ class Forgetful(OwnHeads):
     """Reads the newest token alone, so that what was accepted before it is never read."""
 
     def propose(self, state, k):
-        self.reader.seen = [length - 1 for length in state.length]
+        for reader in self.readers:
+            reader.seen = [length - 1 for length in state.length]
         return super().propose(state, k)
 
 

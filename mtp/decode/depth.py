@@ -37,13 +37,15 @@ class DepthPolicy(Protocol):
 @dataclass
 class _Depth:
     """What is known of one depth: seconds of its last steps; how often its last guess was judged
-    and how often it stood, per row and fading; from when on it may be tried again.
+    and how often it stood, per row and fading; from when on it may be tried again; steps since the
+    last that was as deep.
     """
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=TIMINGS))
     judged: float = 0.0
     stood: float = 0.0
     due: float = 0.0
+    skipped: int = 0
 
 
 class AdaptiveDepth:
@@ -60,7 +62,6 @@ class AdaptiveDepth:
         self.depths: list[_Depth] = []
         self.now = 0.0  # seconds of all steps
         self.best, self.rate = 0, 0.0  # of the last choice, tokens per second and row
-        self.skipped = 0  # steps without guesses since the last with some
         self.owed = 0.0  # seconds lost by tries, not yet waited for
 
     def choose(self, most: int) -> int:
@@ -73,10 +74,11 @@ class AdaptiveDepth:
 
     def observe(self, k: int, accepted: Sequence[int], seconds: float) -> None:
         depth = self.depths[k]
-        # After many skipped steps a drafter first reads what it missed, which says nothing of what
-        # the depth costs. A few are no more than it reads after a step that went well.
-        usual = k == 0 or self.skipped < len(self.depths)
-        self.skipped = 0 if k else self.skipped + 1
+        # After many steps less deep a drafter first reads what it missed, which says nothing of
+        # what the depth costs. A few are no more than it reads after a step that went well.
+        usual = k == 0 or depth.skipped < len(self.depths)
+        for j, other in enumerate(self.depths):
+            other.skipped = 0 if j <= k else other.skipped + 1
         self.now += seconds
         if usual:
             depth.seconds.append(seconds)

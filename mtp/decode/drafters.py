@@ -127,51 +127,57 @@ class OwnHeads:
         self.matrices = self.model.output.rows(self.ids)
 
     def begin(self, rows: int, slots: int) -> None:
-        self.reader = Reader(self.model.new_cache(self.model.rest_layers, rows, slots), rows)
+        cache = self.model.new_cache(self.model.rest_layers, rows, slots)
+        # One for each depth: a guess wants its head and those before it, the others may lag.
+        self.readers = [Reader(cache, rows) for _ in range(self.depth)]
 
     def admit(self, state: State, row: int, source: int | None) -> None:
         known = max(0, state.length[row] - self.ahead)  # what no guess has a part in
-        if self.reader.admit(row, source, known):
+        if any([reader.admit(row, source, known) for reader in self.readers]):
             # alone, so that a long prompt does not widen everyone's window
-            layout, _ = self.reader.catch_up(row, [known])
-            for _ in self._guess(state, layout, self._following(state, layout)):
+            layout, _ = self._catch_up(self.depth, row, [known])
+            for _ in self._guess(state, layout, self._following(state, layout), self.depth):
                 pass  # heads fill their caches
 
     def propose(self, state: State, k: int) -> Draft:
         # The pending token is certain, so one guess fewer has a part in a head's last entries.
-        layout, columns = self.reader.catch_up(0, state.length, max(0, self.ahead - 1))
+        layout, columns = self._catch_up(k, 0, state.length, max(0, self.ahead - 1))
         future = self._following(state, layout)
-        latents = (_at(x, columns) for x in self._guess(state, layout, future))
+        latents = (_at(x, columns) for x in self._guess(state, layout, future, k))
         if self.ahead:
-            return self._propose_in_turn(state, k, columns, future, latents)
-        logits = self._logits([*latents][:k])
+            return self._propose_in_turn(state, columns, future, latents)
+        logits = self._logits([*latents])
         return best_tree(state.scores(logits), self.tree) if self.tree else state.draw(logits)
 
+    def _catch_up(
+        self, k: int, first: int, ends: list[int], provisional: int = 0
+    ) -> tuple[Layout, list[int]]:
+        """As `Reader.catch_up`, of the first k extra heads: the last of them lags most."""
+        reader = self.readers[k - 1]
+        found = reader.catch_up(first, ends, provisional)
+        for shallower in self.readers[: k - 1]:
+            shallower.seen[:] = reader.seen
+        return found
+
     def _propose_in_turn(
-        self,
-        state: State,
-        k: int,
-        columns: list[int],
-        future: Following,
-        latents: Iterable[Tensor],
+        self, state: State, columns: list[int], future: Following, latents: Iterable[Tensor]
     ) -> Draft:
-        """Each guess is what the next head reads. All heads run, to fill their caches."""
+        """Each guess is what the next head reads."""
         drafts: list[Draft] = []
         for i, latent in enumerate(latents):
-            if i < k:
-                drafts.append(state.draw(self._logits([latent], i), i))
-                future.guess([column + 2 + i for column in columns], drafts[i].tokens)
+            drafts.append(state.draw(self._logits([latent], i), i))
+            future.guess([column + 2 + i for column in columns], drafts[i].tokens)
         return _line(drafts)
 
     def _following(self, state: State, layout: Layout) -> Following:
         return Following(self.model, state.text, layout, 1 + self.depth)
 
-    def _guess(self, state: State, layout: Layout, future: Following) -> Iterable[Tensor]:
-        """-> latents (R, T, D) of the extra heads, one after another."""
+    def _guess(self, state: State, layout: Layout, future: Following, k: int) -> Iterable[Tensor]:
+        """-> latents (R, T, D) of the first k extra heads, one after another."""
         assert state.memo is not None
         memo = state.memo.flatten(0, 1).index_select(0, layout.where)
         memo = memo.view(*layout.positions.shape, memo.shape[-1])
-        return self.model.guess(memo, future, layout, self.reader.cache, self.depth + 1)
+        return self.model.guess(memo, future, layout, self.readers[0].cache, 1 + k)
 
     def _logits(self, latents: list[Tensor], skipped: int = 0) -> Tensor:
         """Latents (R, D), after those of `skipped` extra heads -> logits (R, K, V), -inf for tokens
