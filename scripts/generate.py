@@ -10,7 +10,6 @@ With check=true it says instead whether the checkpoint's heads are sound, on the
 held out or on given prompts; exit status 1 if they are not.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from mtp.run import data_of, find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
 from scripts.cli import launch
+from scripts.draft_vocabulary import read_vocabulary
 
 CHECKED_ROWS, CHECKED_TOKENS, CHECKED_NEW = 8, 256, 96  # a minute's work for a model of 100M
 
@@ -111,18 +111,6 @@ def _draft(config: GenerateConfig, tokenizer: Tokenizer, precision: str) -> Any:
     return found.load(find_device(config.device), PRECISIONS[precision])
 
 
-def _vocabulary(config: GenerateConfig) -> list[int] | None:
-    if config.vocabulary is None:
-        return None
-    try:
-        ids = json.loads(Path(config.vocabulary).read_text(encoding="utf-8"))
-    except ValueError:
-        ids = None
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"vocabulary={config.vocabulary} holds no list of token ids")
-    return ids
-
-
 def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
     texts = _lines(Path(config.prompts)) if config.prompts else [str(config.prompt)]
     if config.chat:
@@ -145,7 +133,7 @@ def _prepare(
             config.drafter,
             depth=None if config.depth == "auto" else config.depth,
             tree=config.tree,
-            vocabulary=_vocabulary(config),
+            vocabulary=read_vocabulary(config.vocabulary),
             pool=config.pool,
             draft=_draft(config, found.tokenizer, precision),
         )

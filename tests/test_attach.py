@@ -412,6 +412,23 @@ def test_medusa_has_heads_of_one_kind(tmp_path):
     assert not (tmp_path / "medusa").exists()
 
 
+def test_the_command_writes_attached_heads_of_others_models(tmp_path):
+    scripts = pytest.importorskip("scripts.convert")
+    model, places = attached("gpt2", "residual"), [str(tmp_path / x) for x in ("trunk", "heads")]
+    trunk, heads = places
+    module_of(model).save_pretrained(trunk)
+    save_heads(model, heads)
+    (tmp_path / "few.json").write_text(json.dumps(FEW))
+    given = scripts.ConvertConfig("causal_lm", trunk, "medusa", str(tmp_path / "out"), heads=heads)
+    scripts.convert(replace(given, vocabulary=str(tmp_path / "few.json")))
+    wrote = load_file(tmp_path / "out/model.safetensors")
+    wanted = load_file(save_medusa(model, tmp_path / "direct", FEW) / "model.safetensors")
+    assert wrote.keys() == wanted.keys()
+    assert all(torch.equal(t, wanted[name]) for name, t in wrote.items())
+    scripts.convert(replace(given, out_format="speculative", out=str(tmp_path / "with code")))
+    assert (tmp_path / "with code/custom_generate/heads.safetensors").is_file()
+
+
 def small_folder(folder):
     """A byte-level tokenizer and a random Llama of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

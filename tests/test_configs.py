@@ -1,6 +1,7 @@
 """Every shipped YAML composes into its dataclass, and what is wrong is named with its key."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -93,13 +94,18 @@ def test_every_command_composes_into_its_dataclass(name):
     assert isinstance(compose(name, *NEEDED.get(name, ())), SCHEMAS[name])
 
 
-def test_the_help_of_conversion_lists_every_pair():
+def test_the_help_of_conversion_has_a_cell_for_every_pair():
     register("convert", ConvertConfig)
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
         shown = hydra.compose("convert", return_hydra_config=True).hydra.help.template
-    readable = [name for name, format in FORMATS.items() if format.read]
-    pairs = [f" {source} -> {out} " for source in readable for out in FORMATS]
-    assert [pair for pair in pairs if pair not in shown] == []
+    table = shown.partition("What goes along:\n")[2].partition("\n\n")[0]
+    (_, *sources), *rows = (re.split(r"  +", line.strip()) for line in table.split("\n"))
+    assert sources == [name for name, format in FORMATS.items() if format.read]
+    assert [out for out, *_ in rows] == [name for name, format in FORMATS.items() if format.write]
+    for out, *cells in rows:
+        assert len(cells) == len(sources)
+        takes_heads = {"heads=" in cell for cell in cells if cell != "-"}
+        assert takes_heads == {"heads" in FORMATS[out].keys}
 
 
 @pytest.mark.parametrize("choice", choices())
@@ -221,6 +227,11 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
                     {"like": "x"},
                     "like='x' is for out_format=llama, speculative, transformers, mimo",
                 ),
+                ({"heads": "x"}, "heads='x' is for out_format=speculative, transformers, mimo, m"),
+                ({"vocabulary": "x"}, "vocabulary='x' is for out_format=medusa, not mtp"),
+                ({"out_format": "medusa"}, "out_format=medusa: needs heads=FOLDER"),
+                ({"source_format": "causal_lm"}, "source_format=causal_lm: needs heads=FOLDER"),
+                ({"out_format": "causal_lm"}, "out_format='causal_lm': allowed are mtp, llama"),
                 ({"out": str(CONFIGS)}, f"out='{CONFIGS}': exists already"),
             )
         ),

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402
 from transformers.modeling_layers import MtpModel  # noqa: E402
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer  # noqa: E402
 
+import mtp  # noqa: E402
 from mtp.decode.contract import Request  # noqa: E402
 from mtp.decode.drafters import OwnHeads  # noqa: E402
 from mtp.decode.loop import generate  # noqa: E402
-from mtp.interop.attach import attach_heads  # noqa: E402
+from mtp.interop.attach import attach_heads, save_heads  # noqa: E402
 from mtp.interop.huggingface import CausalLM  # noqa: E402
 from mtp.interop.sequential import save_mimo, save_transformers  # noqa: E402
 
@@ -207,5 +208,18 @@ def test_a_checkpoint_is_converted(tmp_path, capsys):
         wrote, wanted = (load_file(f"{f}/model.safetensors") for f in (out, direct))
         assert wrote.keys() == wanted.keys()
         assert all(torch.equal(t, wanted[name]) for name, t in wrote.items())
-        with pytest.raises(ValueError, match="allowed are mtp, llama, meta$"):
+        with pytest.raises(ValueError, match="allowed are mtp, llama, meta, causal_lm$"):
             scripts.ConvertConfig(out_format, out, "mtp", str(tmp_path / "back"))
+
+
+def test_attached_heads_are_converted_with_their_trunk(tmp_path):
+    scripts = pytest.importorskip("scripts.convert")
+    model = attached(2)
+    trunk, heads, out = (str(tmp_path / name) for name in ("trunk", "heads", "out"))
+    mtp.save(model.trunk.model, trunk)
+    save_heads(model, heads)
+    scripts.convert(scripts.ConvertConfig("mtp", trunk, "mimo", out, heads=heads))
+    wrote = load_file(f"{out}/model.safetensors")
+    wanted = load_file(save_mimo(model, tmp_path / "direct") / "model.safetensors")
+    assert wrote.keys() == wanted.keys()
+    assert all(torch.equal(t, wanted[name]) for name, t in wrote.items())
