@@ -1,12 +1,12 @@
-"""Train heads for a causal LM of transformers, which stays as it is:
+"""Train heads for a model that is there already, and stays as it is:
 
 python scripts/attach.py trunk=FOLDER run_dir=runs/heads data=stdlib train.steps=500
 
-`trunk` is a Hugging Face folder with weights and tokenizer; `mtp.interop.attach.load_heads` opens
-`run_dir/heads` beside it. Of a run that a signal ended, resume=true makes the rest. What a frozen
-trunk computes can be kept on disk, for all epochs and further runs: states=FOLDER. learning=lora
-or all trains the trunk, too, and writes it to `run_dir/trunk`. heads=FOLDER starts from saved
-heads, also where the trunk was trained further since. `--cfg job` prints every key.
+`trunk` is a Hugging Face folder, its name on the hub, or a run or checkpoint of ours. Beside it
+scripts/generate.py opens `run_dir/heads`. Of a run that a signal ended, resume=true makes the rest.
+What a frozen trunk computes can be kept on disk, for all epochs and further runs: states=FOLDER.
+learning=lora or all trains the trunk, too, and writes it to `run_dir/trunk`. heads=FOLDER starts
+from saved heads, also where the trunk was trained further since. `--cfg job` prints every key.
 """
 
 import json
@@ -25,7 +25,7 @@ from mtp.documents import DataConfig
 from mtp.hooks import JsonlLog, console
 from mtp.interop.attach import KINDS, AttachedHeads, attach_heads, load_heads, save_heads
 from mtp.interop.draft_loss import DraftLoss
-from mtp.interop.huggingface import CausalLM
+from mtp.interop.folder import FoundModel, find_model
 from mtp.interop.states import StateBatches, write_states
 from mtp.interop.tuning import LEARNING, save_trunk, tune
 from mtp.run import (
@@ -38,7 +38,6 @@ from mtp.run import (
     resume_word,
     train_in,
 )
-from mtp.tokenizer import HuggingFaceTokenizer
 from mtp.train import PRECISIONS, TrainConfig
 from scripts.cli import launch
 
@@ -54,7 +53,7 @@ class AttachConfig:
     of at most states_gib; one that is there is read.
     """
 
-    trunk: str = MISSING  # a folder
+    trunk: str = MISSING  # a folder, or a name on the hub
     run_dir: str = "runs/attach"
     resume: str = "false"  # true, false or auto
     n: int = 4  # tokens predicted at once, the model's own included
@@ -93,13 +92,9 @@ class AttachConfig:
             raise ValueError("data.streaming=true: heads are trained on a corpus")
 
 
-def open_model(config: AttachConfig) -> tuple[AttachedHeads, Callable[[], None]]:
+def open_model(config: AttachConfig, found: FoundModel) -> tuple[AttachedHeads, Callable[[], None]]:
     """Heads on their trunk, and what ends the trunk's own learning."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = PRECISIONS[config.trunk_precision]
-    theirs = AutoModelForCausalLM.from_pretrained(config.trunk, dtype=dtype)
-    trunk = CausalLM(theirs.to(find_device(config.device)))
+    trunk = found.open(find_device(config.device), PRECISIONS[config.trunk_precision])
     if config.heads is not None:
         model = load_heads(trunk, config.heads, realign=True)
     else:
@@ -109,10 +104,9 @@ def open_model(config: AttachConfig) -> tuple[AttachedHeads, Callable[[], None]]
 
 
 def attach(config: AttachConfig) -> None:
-    if not Path(config.trunk).is_dir():
-        raise ValueError(f"trunk={config.trunk} is no folder")
-    tokenizer, run_dir = HuggingFaceTokenizer(config.trunk), Path(config.run_dir)
-    model, settle = open_model(config)
+    found, run_dir = find_model(config.trunk, special=False), Path(config.run_dir)
+    tokenizer = found.tokenizer
+    model, settle = open_model(config, found)
     _check_sizes(config, model, tokenizer.vocab_size)
     parameters = sum(p.numel() for p in model.parameters())
     log.info("%.2fM parameters learn", parameters / 1e6)
@@ -139,7 +133,8 @@ def attach(config: AttachConfig) -> None:
     for part in ("heads", "trunk"):  # of a shorter run that went on
         shutil.rmtree(run_dir / part, ignore_errors=True)
     if config.learning != "frozen":
-        print(f"written: {save_trunk(model, run_dir / 'trunk', tokenizer)}")
+        like = found.folder if found.theirs else None
+        print(f"written: {save_trunk(model, run_dir / 'trunk', tokenizer, like)}")
     print(f"written: {save_heads(model, run_dir / 'heads')}")
 
 

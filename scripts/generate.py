@@ -1,10 +1,10 @@
 """Continue prompts: `python scripts/generate.py checkpoint=runs/demo prompt='"def main"'`.
 
-`checkpoint` is a run, a checkpoint, or a Hugging Face folder of a causal LM, for which `heads` may
-name a folder of scripts/attach.py. With drafter=heads the model drafts for itself, with
-drafter=model another one (`draft`), with drafter=lookup the text itself; the text is the same, in
-fewer steps. Prompts come from `prompt` or, one per line, from the file `prompts`; the text of a
-single one is shown as it comes. `--cfg job` prints every key.
+`checkpoint` is a run, a checkpoint, or a Hugging Face folder of a causal LM or its name on the hub;
+`heads` may name a folder of scripts/attach.py beside it. With drafter=heads the model drafts for
+itself, with drafter=model another one (`draft`), with drafter=lookup the text itself; the text is
+the same, in fewer steps. Prompts come from `prompt` or, one per line, from the file `prompts`; the
+text of a single one is shown as it comes. `--cfg job` prints every key.
 
 With check=true it says instead whether the checkpoint's heads are sound, on the text that its run
 held out or on given prompts; exit status 1 if they are not.

@@ -12,12 +12,11 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 from test_attach import settings, small_folder  # noqa: E402
 from test_run import TIMES  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 from mtp.documents import DataConfig  # noqa: E402
 from mtp.hooks import read_jsonl  # noqa: E402
 from mtp.interop.attach import WEIGHTS, load_heads  # noqa: E402
-from mtp.interop.huggingface import CausalLM  # noqa: E402
+from mtp.interop.folder import find_model  # noqa: E402
 from mtp.train import TrainConfig  # noqa: E402
 from scripts.attach import AttachConfig, attach, open_model  # noqa: E402
 
@@ -35,7 +34,7 @@ def config(tmp_path):
 
 
 def trunk_of(folder):
-    return CausalLM(AutoModelForCausalLM.from_pretrained(folder))
+    return find_model(folder).open(torch.device("cpu"))
 
 
 def lines(config):
@@ -58,7 +57,7 @@ def test_the_command_trains_heads_for_a_folder(config, capsys):
     assert "loss_1" not in log[0] and "val_acceptance_length" in log[-1]
     with pytest.raises(ValueError, match="holds a run already"):
         attach(config)
-    again, _ = open_model(replace(config, heads=out))
+    again, _ = open_model(replace(config, heads=out), find_model(config.trunk))
     assert torch.equal(next(again.parameters()), next(heads.parameters()))
 
 

@@ -8,14 +8,17 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("hydra")
 
-from test_attach import small_folder  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from test_attach import settings, small_folder  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from mtp.data import encode_document  # noqa: E402
+from mtp.data import chat_template, encode_document  # noqa: E402
 from mtp.documents import DataConfig, Document, chat_segments  # noqa: E402
 from mtp.interop.attach import attach_heads, save_heads  # noqa: E402
 from mtp.interop.folder import find_model, load_causal_lm  # noqa: E402
+from mtp.interop.huggingface import CausalLM  # noqa: E402
+from mtp.model import Transformer  # noqa: E402
 from mtp.tokenizer import HuggingFaceTokenizer  # noqa: E402
+from scripts.attach import AttachConfig, attach  # noqa: E402
 from scripts.draft_vocabulary import VocabularyConfig, draft_vocabulary  # noqa: E402
 from scripts.generate import GenerateConfig, complete, main  # noqa: E402
 from scripts.self_distill import SelfDistillConfig, self_distill  # noqa: E402
@@ -125,6 +128,59 @@ def test_a_damaged_config_is_refused_by_name(text, tmp_path):
         find_model(tmp_path)
 
 
+# How a folder is opened.
+
+
+OTHERWISE = {"attention_bias": True, "mlp_bias": True, "head_dim": 16}
+
+
+def llama_with(folder, **changes):
+    """A folder of random weights whose config is another Llama's."""
+    small_folder(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder, **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, *({key: x} for key, x in OTHERWISE.items())])
+def test_a_llama_that_ours_can_be_is_ours_and_no_other_and_texts_are_its_own(
+    changes, tmp_path, capsys
+):
+    folder = llama_with(tmp_path / "model", **changes)
+    opened = load_causal_lm(folder, CPU, torch.float32)
+    assert isinstance(opened, CausalLM if changes else Transformer)
+    assert said(capsys, folder).out == f"ab{their_text(folder, 'ab')}\n"
+    ids = torch.arange(12)[None] % 7
+    theirs = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    torch.testing.assert_close(opened(ids), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_damaged_weights_of_a_llama_are_told_and_not_opened_otherwise(tmp_path):
+    folder = small_folder(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_causal_lm(folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("learning", ["frozen", "all"])
+def test_from_a_folder_to_a_faster_text_with_one_command_each(learning, tmp_path, capsys):
+    folder = small_folder(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 0]}')
+    (texts := tmp_path / "texts").mkdir()
+    for name in "abcd":
+        (texts / f"{name}.txt").write_text(f"{name}{their_text(folder, 'ab') * 20}")
+    data = DataConfig("folder", str(texts), "*.txt", holdout=["d.txt"], seq_len=16)
+    run_dir, train = tmp_path / "run", settings(40, lr=0.03)
+    attach(AttachConfig(str(folder), str(run_dir), learning=learning, data=data, train=train))
+    trunk = folder if learning == "frozen" else run_dir / "trunk"
+    assert find_model(trunk).ends == find_model(folder).ends
+    assert isinstance(load_causal_lm(trunk, CPU, torch.float32), Transformer)
+    drafted = said(capsys, trunk, heads=str(run_dir / "heads"), drafter="heads")
+    assert drafted.out == said(capsys, trunk).out == f"ab{their_text(trunk, 'ab')}\n"
+    assert float(drafted.err.split()[-1]) > 1.2  # tokens per step
+
+
 # Chats.
 
 
@@ -141,7 +197,7 @@ def test_answers_in_a_models_own_template_are_targets_as_it_would_write_them(tem
     theirs = tokenizer.theirs.apply_chat_template(CHAT, tokenize=False).removesuffix("\n")
     assert ids.tolist() == tokenizer.encode(theirs)
     assert tokenizer.theirs.decode(ids[keep]) == " Yes\n<end>No<end>"
-    prompt = tokenizer.encode(tokenizer.chat.render(CHAT[:3], True))
+    prompt = tokenizer.encode(chat_template(tokenizer).render(CHAT[:3], True))
     assert ids[: len(prompt)].tolist() == prompt and keep[len(prompt) :].all()
 
 
@@ -156,7 +212,7 @@ def test_a_template_that_refuses_a_chat_says_so(tmp_path):
     folder = small_folder(tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must take turns') }}")
     with pytest.raises(ValueError, match="template refuses .*: roles must take turns"):
-        chat_segments(CHAT, HuggingFaceTokenizer(folder).chat)
+        chat_segments(CHAT, chat_template(HuggingFaceTokenizer(folder)))
 
 
 @pytest.mark.parametrize("turns", [1, 2, 4])

@@ -50,7 +50,7 @@ USERS = {  # of models, drafters, the loop, checkpoints
     *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
     *("mtp.evaluate.samples", "mtp.interop.attach", "mtp.interop.huggingface"),
     *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub"),
-    *("mtp.interop.states", "mtp.interop.draft_loss", "mtp.interop.tuning"),
+    *("mtp.interop.states", "mtp.interop.draft_loss"),
 }
 ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package it cannot do without
 SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only transformers is
@@ -63,6 +63,10 @@ ORDERED = [
 ABOVE = {  # some of USERS, or of those before
     "mtp.interop.folder": {"mtp.interop.attach", "mtp.interop.huggingface"},
     "mtp.interop.sequential": {"mtp.interop.attach", "mtp.interop.llama"},
+    "mtp.interop.folder": {
+        *("mtp.interop.attach", "mtp.interop.huggingface", "mtp.interop.llama"),
+    },
+    "mtp.interop.tuning": {"mtp.interop.llama"},
     "mtp.interop.speculative": {"mtp.interop.attach", "mtp.interop.llama"},
     ADAPTER: {"mtp.interop.folder"},
 }

@@ -36,7 +36,7 @@ from mtp.decode.loop import generate
 from mtp.decode.sampling import Sampling
 from mtp.documents import PLAIN_CHAT
 from mtp.evaluate.code import completion_text
-from mtp.interop.folder import load_causal_lm
+from mtp.interop.folder import find_model
 from mtp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 log = logging.getLogger("lm_eval.mtp")  # below the logger that the harness shows
@@ -325,9 +325,11 @@ def _ours(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
 
 
 def _theirs(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, TheirText]:
-    target = load_causal_lm(where, device, dtype)
-    end = target.model.generation_config.eos_token_id
-    return target, TheirText(HuggingFaceTokenizer(where), where.replace("/", "__"), end)
+    found = find_model(where)
+    if not isinstance(found.tokenizer, HuggingFaceTokenizer):
+        raise ValueError(f"pretrained={where} is no Hugging Face folder: give checkpoint={where}")
+    text = TheirText(found.tokenizer, where.replace("/", "__"), found.ends)
+    return found.load(device, dtype), text
 
 
 def _device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")  # nothing that can run
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")  # nothing that can run
 
 
 def fetched(where: str | Path, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:

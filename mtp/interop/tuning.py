@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from mtp import checkpoint
+from mtp.interop.llama import save_llama
 from mtp.model import Transformer
 from mtp.tokenizer import Tokenizer
 
@@ -85,14 +86,20 @@ def _maps(model: Any, module: nn.Module) -> list[str]:
     return [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and m in used]
 
 
-def save_trunk(model: Any, folder: str | Path, tokenizer: Tokenizer) -> Path:
+def save_trunk(
+    model: Any, folder: str | Path, tokenizer: Tokenizer, like: Path | None = None
+) -> Path:
     """Write the trunk of an `AttachedHeads` as what it is: a checkpoint of ours, which `mtp.load`
     opens, or a Hugging Face folder. FileExistsError, OSError: see `mtp.checkpoint.save`.
+
+    like: the Hugging Face folder that a Llama was opened from, which is then written as one, too.
     """
     folder, module = Path(folder), model.trunk.module
     if model.tuned:
         raise ValueError("the trunk still learns: settle it first, see `tune`")
     if isinstance(module, Transformer):
+        if like is not None:
+            return save_llama(module, folder, like)
         return checkpoint.save(module, folder, tokenizer)
     with checkpoint.whole(folder, sum(p.nbytes for p in module.parameters())) as temporary:
         theirs: Any = module
