@@ -164,14 +164,17 @@ def test_damaged_weights_of_a_llama_are_told_and_not_opened_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize("learning", ["frozen", "all"])
-def test_from_a_folder_to_a_faster_text_with_one_command_each(learning, tmp_path, capsys):
+def test_a_folder_gets_heads_and_goes_out_by_one_command_each(learning, tmp_path, capsys):
     folder = small_folder(tmp_path / "model")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 0]}')
+    tokenizer, text = HuggingFaceTokenizer(folder), their_text(folder, "ab")
+    unused = min({*range(tokenizer.vocab_size)} - {*tokenizer.encode(text), tokenizer.end_id})
+    ends = {"eos_token_id": [tokenizer.end_id, unused]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
     (texts := tmp_path / "texts").mkdir()
     for name in "abcd":
-        (texts / f"{name}.txt").write_text(f"{name}{their_text(folder, 'ab') * 20}")
+        (texts / f"{name}.txt").write_text(f"{name}{text * 20}")
     data = DataConfig("folder", str(texts), "*.txt", holdout=["d.txt"], seq_len=16)
-    run_dir, train = tmp_path / "run", settings(40, lr=0.03)
+    run_dir, train = tmp_path / "run", settings(4)
     attach(AttachConfig(str(folder), str(run_dir), learning=learning, data=data, train=train))
     trunk = folder if learning == "frozen" else run_dir / "trunk"
     assert find_model(trunk).ends == find_model(folder).ends
@@ -179,6 +182,10 @@ def test_from_a_folder_to_a_faster_text_with_one_command_each(learning, tmp_path
     drafted = said(capsys, trunk, heads=str(run_dir / "heads"), drafter="heads")
     assert drafted.out == said(capsys, trunk).out == f"ab{their_text(trunk, 'ab')}\n"
     assert float(drafted.err.split()[-1]) > 1.2  # tokens per step
+    out = tmp_path / "out"
+    formats = {"source_format": "llama", "out_format": "speculative"}
+    convert(ConvertConfig(**formats, source=str(trunk), out=str(out), heads=str(run_dir / "heads")))
+    assert (out / "custom_generate").is_dir() and their_text(out, "ab") == their_text(trunk, "ab")
 
 
 # Chats.
