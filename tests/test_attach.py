@@ -1,6 +1,7 @@
 """Heads that are attached to a finished model learn alone, draft, and leave its text as it was."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest

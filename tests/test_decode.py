@@ -352,11 +352,13 @@ def test_a_drafter_can_be_used_again_and_for_another_model(device):
 
 
 class Compared:
-    """Lets `lead` guess, and asks `inner` and a fresh copy of it for their logits on the side."""
+    """Lets `lead` guess, and asks `inner` and a fresh copy of it for their logits on the side.
+    plan: how many guesses' logits.
+    """
 
     needs_memo = True
 
-    def __init__(self, lead, fresh, plan=(1, 1, 0, 0, 0, 1, 0, 1)):
+    def __init__(self, lead, fresh, plan=(9, 1, 0, 0, 0, 2, 0, 1, 1, 9)):
         self.lead, self.fresh, self.inner = lead, fresh, fresh()
         self.depth, self.nodes = lead.depth, lead.nodes
         self.plan, self.compared = itertools.cycle(plan), 0
@@ -373,18 +375,19 @@ class Compared:
         self.inner.admit(state, row, source)
 
     def propose(self, state, k):
-        if next(self.plan):
+        if most := next(self.plan):
             fresh = self.fresh()
             fresh.attach(self.model)
             fresh.begin(*self.sizes)
-            got, wanted = (logits_of(x, state, fresh.depth) for x in (self.inner, fresh))
+            depth = min(most, fresh.depth)
+            got, wanted = (logits_of(x, state, depth) for x in (self.inner, fresh))
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
             self.compared += 1
         return self.lead.propose(state, k)
 
 
 def logits_of(drafter, state, depth):
-    """What it would draw all its guesses from, (B, K, V)."""
+    """What it would draw so many guesses from, (B, K, V)."""
     seen = []
 
     def draw(logits, ahead=0):

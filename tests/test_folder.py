@@ -19,6 +19,7 @@ from mtp.interop.huggingface import CausalLM  # noqa: E402
 from mtp.model import Transformer  # noqa: E402
 from mtp.tokenizer import HuggingFaceTokenizer  # noqa: E402
 from scripts.attach import AttachConfig, attach  # noqa: E402
+from scripts.convert import ConvertConfig, convert  # noqa: E402
 from scripts.draft_vocabulary import VocabularyConfig, draft_vocabulary  # noqa: E402
 from scripts.generate import GenerateConfig, complete, main  # noqa: E402
 from scripts.self_distill import SelfDistillConfig, self_distill  # noqa: E402

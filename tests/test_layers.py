@@ -61,7 +61,6 @@ ORDERED = [
     *("mtp.train", "mtp.hooks", "mtp.run"),
 ]
 ABOVE = {  # some of USERS, or of those before
-    "mtp.interop.folder": {"mtp.interop.attach", "mtp.interop.huggingface"},
     "mtp.interop.sequential": {"mtp.interop.attach", "mtp.interop.llama"},
     "mtp.interop.folder": {
         *("mtp.interop.attach", "mtp.interop.huggingface", "mtp.interop.llama"),
