@@ -387,7 +387,8 @@ class Transformer(nn.Module):
             return self.output(
                 [z], lambda x, w: score(self._head_fns(place)[:n], x, w, self._head_params())
             )
-        latents = [*self._latents(z, place, lambda j: self._ahead(tokens, j, length), n)]
+        heads = [*self._latents(z, place, lambda j: self._ahead(tokens, j, length), n)]
+        latents = [self.norm(x) for x in heads]  # all at the end, as gradients are added up
         return self.output(latents, lambda x, w: score([lambda latent: latent] * n, x, w, ()))
 
     def _logits_of_heads(self, tokens: Tensor, place: Place, upto: int) -> list[Tensor]:
@@ -398,7 +399,7 @@ class Transformer(nn.Module):
             return self._ahead(text, j, length)
 
         for latent in self._latents(self._trunk(tokens, place), place, future, upto):
-            logits.append(self.output([latent], partial(_unembed, len(logits))))
+            logits.append(self.output([self.norm(latent)], partial(_unembed, len(logits))))
             text = torch.cat([text, logits[-1][:, -1:].argmax(-1)], 1)
         return logits
 
@@ -425,8 +426,8 @@ class Transformer(nn.Module):
 
     def _latents(self, z: Tensor, place: Place, future: Future, upto: int) -> Iterator[Tensor]:
         first, memo = self.heads.next(z, *place, ())
-        yield self.norm(first)
-        yield from map(self.norm, self.heads.rest(memo, future, *place, (), upto))
+        yield first
+        yield from self.heads.rest(memo, future, *place, (), upto)
 
     def _head_fns(self, place: Place) -> list[Callable[[Tensor], Tensor]]:
         if not self.heads.independent:
