@@ -94,6 +94,11 @@ class AttachedConfig:
     texts: int = 48
     name: str = "attached"
 
+    @property
+    def width(self) -> int:
+        """Of a row: one of the trunk's texts with its end token."""
+        return self.prompt_tokens + self.own_tokens + 1
+
 
 # The trunk's own text.
 
@@ -143,7 +148,8 @@ def learn(
         log_every=50,
         optim=optim,
     )
-    batches = StateBatches(Path(config.out) / "states", model, corpus, settings.batch_size)
+    states = Path(config.out) / "states"
+    batches = StateBatches(states, model, corpus, config.width, settings.batch_size)
     progress = train(model, batches, DraftLoss(config.n, ids), settings, hooks=[console])
     model.to(trunk.embedding.weight.dtype)
     save_heads(model, Path(config.out) / kind)
@@ -241,8 +247,8 @@ def prepare(
     prompts = beginnings(load_corpus(data, tokenizer, False), length)
     corpus = as_corpus(list(own_text(trunk, prompts, config)), length, tokenizer)
     written = time.perf_counter()
-    width = length + config.own_tokens + 1  # a row for each text with its end
-    write_states(Path(config.out) / "states", attach_heads(trunk, config.n), corpus, width, ALL)
+    heads = attach_heads(trunk, config.n)
+    write_states(Path(config.out) / "states", heads, corpus, config.width, ALL)
     return corpus, {
         "own_text_tokens": len(corpus.tokens),
         "own_text_seconds": written - started,
