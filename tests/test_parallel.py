@@ -97,6 +97,7 @@ CASES = [
     *(("shard", "transformer", "auto", unembedding) for unembedding in ("tied", "replicated")),
     ("recomputed", "transformer", "auto", ""),
     ("recomputed", "anticausal", "auto", ""),
+    ("recomputed", "sequential", "auto", ""),
 ]
 CASES_OF = {2: CASES, 4: [("hybrid", kind, "auto", "") for kind in KINDS]}
 
