@@ -57,7 +57,7 @@ def test_in_through_decoding_and_out_again(theirs, tmp_path, capsys):
 
     ours, out = str(tmp_path / "ours"), str(tmp_path / "out")
     convert(ConvertConfig("llama", str(theirs), "mtp", ours))
-    complete(GenerateConfig(ours, "abc", max_new_tokens=5, device="cpu", threads=1))
+    complete(GenerateConfig(ours, prompt="abc", max_new_tokens=5, device="cpu", threads=1))
     assert "\nabc" in capsys.readouterr().out
     convert(ConvertConfig("mtp", ours, "llama", out))
     assert capsys.readouterr().out == f"written: {out}\n"

@@ -385,7 +385,7 @@ def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, t
         (["drafter=lookup", "draft={run}"], "drafter=lookup takes no draft="),
         (["max_new_tokens=9999"], "max_seq_len is 256"),
         (["drafter=heads", "tree=0"], "tree=0 must be at least 1"),
-        (["depth=3"], "drafter=none takes no depth=: only heads, model, lookup may"),
+        (["depth=3"], "drafter=none takes no depth=: only heads, model, lookup, jacobi may"),
         (["stop=['']"], "stop strings ('',): give at least one, and none of them empty"),
         (["depth=some"], "depth='some': allowed are a number of guesses, null and auto"),
         (["depth=true"], "depth=True: allowed are a number of guesses, null and auto"),
