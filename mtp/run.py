@@ -391,7 +391,8 @@ def estimate(model: ModelConfig, config: TrainConfig, seq_len: int) -> dict[str,
     tokens = config.batch_size * seq_len
     width = 2 if config.precision == "bfloat16" else 4
     activations = tokens * len(shapes.blocks) * (12 * model.dim + 4 * model.ffn_dim) * width
-    per_token = 6 * multiplied + 6 * model.n_layers * model.dim * seq_len
+    attention_layers = shapes.next_layers + shapes.rest_layers
+    per_token = 6 * multiplied + 6 * attention_layers * model.dim * seq_len
     return {
         "parameters": parameters,
         "memory_bytes": 16 * parameters + activations,

@@ -185,7 +185,7 @@ def test_a_dry_run_logs_the_estimate_and_writes_nothing(config, caplog):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_embeddings": True}, {"unembedding": "replicated"}, {"head": "linear"}]
-    + [{"head": "causal", "n_kv_heads": 1}],
+    + [{"head": "causal", "n_kv_heads": 1}, {"head": "sequential"}],
     ids=str,
 )
 def test_the_estimate_counts_the_models_parameters(changes, config):
@@ -194,6 +194,15 @@ def test_the_estimate_counts_the_models_parameters(changes, config):
     expected = estimate(model, config.train, 16)
     assert expected["parameters"] == counted
     assert f"{counted / 1e6:,.2f}M parameters" in describe(expected)
+
+
+@pytest.mark.parametrize(("head", "layers"), [("causal", 4), ("linear", 4), ("sequential", 6)])
+def test_the_estimate_counts_attention_in_every_layer_that_has_it(head, layers, config):
+    per_token = [
+        estimate(replace(MODEL, head=head), config.train, seq_len)["flops_per_token"]
+        for seq_len in (16, 17)
+    ]
+    assert per_token[1] - per_token[0] == 6 * layers * MODEL.dim
 
 
 def test_the_estimate_of_disk_is_what_checkpoints_take(config):
