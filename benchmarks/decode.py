@@ -142,9 +142,14 @@ def heads(depth: int) -> str:
 
 
 def decode_ours(
-    model: Transformer, words: dict[str, Any], rows: int, prompts: Prompts, new: int
+    model: Transformer,
+    words: dict[str, Any],
+    rows: int,
+    prompts: Prompts,
+    new: int,
+    stop: Callable[[list[int]], bool] | None = None,
 ) -> Decoded:
-    requests = [mtp.Request(prompt, new) for prompt in prompts]
+    requests = [mtp.Request(prompt, new, stop=stop) for prompt in prompts]
     done = mtp.generate(model, requests, batch_size=rows, **words)
     drafted, accepted = (_sums(getattr(c, key) for c in done) for key in ("drafted", "accepted"))
     return Decoded([c.tokens for c in done], sum(c.steps for c in done), drafted, accepted)
@@ -230,17 +235,17 @@ def take_turns(
     return Turns(took, done)
 
 
-def figures(turns: Turns, name: str, rows: int) -> dict[str, Any]:
-    """Of one contender at one batch size: what its turns alone say."""
+def figures(turns: Turns, name: str, rows: int, plain: str = PLAIN) -> dict[str, Any]:
+    """Of one contender at one batch size: what its turns alone say, against those of `plain`."""
     done, medians = turns.done[name], [statistics.median(x) for x in turns.took[name]]
-    base = sum(statistics.median(x) for x in turns.took[PLAIN])
-    pairs = zip(chain(*turns.took[PLAIN]), chain(*turns.took[name]), strict=True)
+    base = sum(statistics.median(x) for x in turns.took[plain])
+    pairs = zip(chain(*turns.took[plain]), chain(*turns.took[name]), strict=True)
     steps = sum(d.steps for d in done)
     drafted, accepted = _sums(d.drafted for d in done), _sums(d.accepted for d in done)
     return {
         "tokens_per_second": sum(len(t) for d in done for t in d.texts) / sum(medians),
         "speedup": base / sum(medians),
-        "speedup_iqr": spread([plain / own for plain, own in pairs]),
+        "speedup_iqr": spread([slow / own for slow, own in pairs]),
         "step_seconds": sum(medians) * rows / steps,
         "acceptance_length": 1 + sum(accepted) / steps,
         "acceptance": [a / max(1, d) for a, d in zip(accepted, drafted, strict=False)],

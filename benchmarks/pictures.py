@@ -227,3 +227,36 @@ def _mark(head: int, text: str) -> str:
     colour = COLOURS[min(head, len(COLOURS)) - 1]
     ink = "#fff" if head > 5 else "inherit"
     return f'<i style="background:{colour};color:{ink}" title="head {head}">{html.escape(text)}</i>'
+
+
+def consistency_panels(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Speedup over tokens per forward: a point for every way to decode, a colour for every model,
+    and along the windows of the control and the consistency model.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(11, 5), dpi=110, layout="constrained")
+    for colour, (who, of_all) in zip(("0.6", "C1", "C0"), found.items(), strict=True):
+        for way, f in of_all.items():
+            bars.barh(f"{who}, {way}", f["speedup"], color=colour, height=0.7)
+            bars.plot(f["speedup_iqr"], [f"{who}, {way}"] * 2, color="0.2", lw=1.2)
+        sweep = [(int(way.split()[1]), f) for way, f in of_all.items() if way[7:].isdecimal()]
+        windows = [n for n, _ in sweep]
+        for key, line in (("tokens_per_forward", "o-"), ("speedup", "s--")):
+            label, heights = f"{who}, {key.replace('_', ' ')}", [f[key] for _, f in sweep]
+            curves.plot(windows, heights, line, color=colour, label=label)
+    bars.invert_yaxis()
+    bars.set_xlabel("speedup over the same model's plain decoding, with quartiles", fontsize=9)
+    bars.tick_params(labelsize=8)
+    curves.set_xscale("log", base=2)
+    curves.set_xlabel("window", fontsize=9)
+    curves.legend(frameon=False, fontsize=8)
+    for axes in (bars, curves):
+        axes.axvline(1, color="0.4", lw=0.8) if axes is bars else axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)

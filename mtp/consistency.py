@@ -9,6 +9,8 @@ windows of a response are one packed row, in one forward pass:
 
     [prompt] [state of window 0] [fixed point 0] [state of window 1] [fixed point 1] ...
 
+Several states of a window may stand in a row, each seen by itself alone.
+
 A state sees the prompt, the fixed points before it and itself, and stands at the positions of its
 fixed point; fixed points do not see states. So each window's numbers are those of a pass over it
 alone. A position is scored where the token that it predicts lies in the window, at or after the
@@ -26,7 +28,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,11 +57,14 @@ class ConsistencyConfig:
     trajectories: str | None = None
     window: int = 16
     kind: str = "global"
+    states: int = 1  # of each window in a row
     divergence: str = "forward_kl"  # a key of DIVERGENCES
     ar_weight: float = 10.0
     consistency_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.states < 1:
+            raise ValueError(f"consistency.states={self.states} must be at least 1")
         if self.kind not in KINDS:
             raise ValueError(
                 f"consistency.kind={self.kind!r} is unknown: allowed are {', '.join(KINDS)}"
@@ -156,25 +161,26 @@ class _Row:
         return range(start, len(self.ids))
 
 
-def _pack(trajectory: Trajectory, chosen: Sequence[int | None], kind: str) -> _Row:
-    """With state chosen[w] of window w, or none of it."""
+def _pack(trajectory: Trajectory, chosen: Sequence[Sequence[int]], kind: str) -> _Row:
+    """With the states chosen[w] of window w."""
     row, end = _Row(), len(trajectory.prompt) + trajectory.length
     clean = [*row.add(trajectory.prompt, 0, branch=0)]
-    for w, (states, j) in enumerate(zip(trajectory.windows, chosen, strict=True)):
+    branch = count(1)
+    for states, some in zip(trajectory.windows, chosen, strict=True):
         fixed, position = states[-1], len(clean)
-        if j is None:
-            clean += row.add(fixed, position, branch=0)
-            continue
-        student = row.add(states[j], position, branch=2 * w + 1)
-        next_state = states[j + 1] if kind == "local" else fixed
-        own = next_state != fixed  # else the teacher's columns are there anyway
-        teacher = row.add(next_state, position, branch=2 * w + 2) if own else None
+        pairs = []
+        for j in some:
+            student = row.add(states[j], position, next(branch))
+            next_state = states[j + 1] if kind == "local" else fixed
+            own = next_state != fixed  # else the teacher's columns are there anyway
+            pairs.append((student, row.add(next_state, position, next(branch)) if own else None))
         columns = row.add(fixed, position, branch=0)
         clean += columns
-        places = scored(states[j], fixed, end - position)
-        row.student += (student[i] for i in places)
-        row.teacher += ((teacher or columns)[i] for i in places)
-        row.label += (fixed[i + 1] for i in places)
+        for j, (student, teacher) in zip(some, pairs, strict=True):
+            places = scored(states[j], fixed, end - position)
+            row.student += (student[i] for i in places)
+            row.teacher += ((teacher or columns)[i] for i in places)
+            row.label += (fixed[i + 1] for i in places)
     start = max(len(trajectory.prompt), 1)  # nothing predicts the first token of all
     row.clean = clean[start - 1 : end - 1]
     row.target = [row.ids[column] for column in clean[start:end]]
@@ -219,7 +225,7 @@ def _join(rows: Sequence[_Row]) -> PackedRows:
 
 class TrajectoryBatches:
     """Endless batches of B packed responses, in an order that depends on (seed, epoch) alone. Each
-    epoch draws one state of each window, any but the fixed point.
+    epoch draws `states` of each window, any but the fixed point: more share a prompt's cost.
 
     What does not fit is skipped and counted in `skipped`: responses whose row could be longer than
     max_columns or whose text is longer than max_positions, and windows that are only a fixed point,
@@ -241,6 +247,7 @@ class TrajectoryBatches:
         rank: int = 0,
         world_size: int = 1,
         refresh: Iterator[Trajectory] | None = None,
+        states: int = 1,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown: allowed are {', '.join(KINDS)}")
@@ -249,6 +256,7 @@ class TrajectoryBatches:
         self._kind, self._batch_size, self._seed = kind, batch_size, seed
         self._max_columns, self._max_positions = max_columns, max_positions
         self._rank, self._world_size, self._refresh = rank, world_size, refresh
+        self._states = states
         self._pool = list(self._fitting(trajectories))
         if not self._pool:
             raise ValueError(
@@ -257,6 +265,7 @@ class TrajectoryBatches:
             )
         self.fingerprint = _fingerprint(self._pool)
         self._identity = {"trajectories": self.fingerprint, "kind": kind, "seed": seed}
+        self._identity |= {"states": states} if states > 1 else {}
         self._row = 0
 
     def __len__(self) -> int:
@@ -291,7 +300,7 @@ class TrajectoryBatches:
         trajectory = self._pool[order[place]]
         random = np.random.default_rng([self._seed, epoch, place])
         guesses = [len(states) - 1 for states in trajectory.windows]
-        chosen = [int(random.integers(count)) if count else None for count in guesses]
+        chosen = [random.choice(n, min(n, self._states), False).tolist() for n in guesses]
         return _pack(trajectory, chosen, self._kind)
 
     def _new(self) -> Iterator[Trajectory]:
@@ -299,7 +308,7 @@ class TrajectoryBatches:
 
     def _fitting(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
         """Those whose rows are never too long; counts what is skipped."""
-        branches = {"global": 2, "local": 3}[self._kind]
+        branches = 1 + self._states * {"global": 1, "local": 2}[self._kind]
         for trajectory in trajectories:
             response = sum(len(states[-1]) for states in trajectory.windows)
             text, columns = (len(trajectory.prompt) + k * response for k in (1, branches))

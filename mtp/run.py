@@ -322,6 +322,7 @@ def _trajectories(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -
         config.data.seed,
         rank(),
         world_size(),
+        states=config.consistency.states,
     )
     skipped = ", ".join(f"{count} {what}" for what, count in batches.skipped.items() if count)
     log.info("trajectories: %d responses; skipped: %s", len(batches), skipped or "nothing")

@@ -67,9 +67,9 @@ def naive(model, one, chosen, kind, divergence):
     """Sums and counts of both terms, window by window and position by position."""
     text, terms, predicted = list(one.prompt), [], []
     end = len(one.prompt) + one.length
-    for states, j in zip(one.windows, chosen, strict=True):
+    for states, some in zip(one.windows, chosen, strict=True):
         fixed, start = states[-1], len(text)
-        if j is not None:
+        for j in some:
             student = model(torch.tensor([text + states[j]]))[0]
             with torch.no_grad():
                 other = fixed if kind == "global" else states[j + 1]
@@ -95,13 +95,16 @@ def gradients(model):
 KINDS_OF_LOSS = [(kind, name) for kind in ("global", "local") for name in DIVERGENCES]
 
 
+@pytest.mark.parametrize("states", [1, 2])
 @pytest.mark.parametrize(("kind", "divergence"), KINDS_OF_LOSS)
-def test_a_packed_pass_is_the_windows_one_by_one(kind, divergence, monkeypatch):
-    """Of ragged responses: an end within a window, a prompt of one token, one-state windows."""
+def test_a_packed_pass_is_the_windows_one_by_one(kind, divergence, states, monkeypatch):
+    """Of ragged responses: an end within a window, a prompt of one token, one-state windows, and
+    less states than are asked for.
+    """
     given = [trajectory(length=10), trajectory(1, 2, (3, 3), seed=1), trajectory(9, 1, seed=2)]
     packed = []
     monkeypatch.setattr("mtp.consistency._pack", lambda *args: packed.append(args) or _pack(*args))
-    batch, loss_fn = one_batch(given, kind), ConsistencyLoss(divergence)
+    batch, loss_fn = one_batch(given, kind, states=states), ConsistencyLoss(divergence)
     model = tiny(gain=2.0)
     terms, predicted = [], []
     for one, chosen, _ in packed:
@@ -138,7 +141,7 @@ def test_a_pass_reads_at_most_a_third_of_the_tokens_of_the_windows_one_by_one():
     one, read = trajectory(16, 8, states=(3,)), []
     model = tiny()
     model.embedding.register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
-    naive(model, one, [0] * 8, "global", "jsd")
+    naive(model, one, [[0]] * 8, "global", "jsd")
     batch, loss_fn = one_batch([one]), ConsistencyLoss()
     loss_fn(model, batch, loss_fn.count(batch))
     assert read[-1] <= sum(read[:-1]) / 3
@@ -238,8 +241,8 @@ def test_epochs_read_every_response_once_and_draw_every_state_but_the_fixed_poin
     for start in range(0, 300, 5):
         assert sorted(map(id, SOME)) == sorted(id(args[0]) for args in packed[start : start + 5])
     draws = [args[1] for args in packed]
-    assert {one[1] for one in draws} == {None}  # a window of one state
-    counts = [[one[0] for one in draws].count(j) for j in range(3)]
+    assert not any(one[1] for one in draws)  # a window of one state
+    counts = [[one[0] for one in draws].count([j]) for j in range(3)]
     assert sum(counts) == 300 and min(counts) > 70
 
 

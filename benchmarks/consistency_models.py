@@ -1,0 +1,218 @@
+"""The models that `benchmarks.consistency` compares, made from a base run of a narrow task: of its
+trajectories the consistency model and the control, of its answers a small draft model.
+
+What a stopped command left is gone on from; what another configuration left is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mtp
+from benchmarks.subjects import subject
+from mtp.checkpoint import find, load_config, write_text
+from mtp.consistency import ConsistencyConfig
+from mtp.data import prompt_of
+from mtp.documents import DataConfig, iter_documents
+from mtp.model import ModelConfig
+from mtp.optim import OptimConfig
+from mtp.run import RunConfig, data_of, find_device, run
+from mtp.tokenizer import Tokenizer
+from mtp.train import PRECISIONS, TrainConfig
+from mtp.trajectories import Trajectory
+from mtp.trajectory_files import Origin, Report, collect_shards, read_trajectories
+from mtp.trajectory_filters import FilterConfig
+
+QUICK = {"prompts": 800, "steps": 150, "draft_steps": 50, "problems": 200, "texts": 12, "rounds": 2}
+TRAINED_WINDOW = 8  # 16 as published: what lies farther away a small model hardly learns
+STATES = 4  # of each window in a row
+COLUMNS = 1024  # of a packed row, at most
+DRAFT = ModelConfig(dim=64, n_layers=2, n_heads=2, n_future_tokens=1, multiple_of=32)
+
+
+@dataclass
+class BenchmarkConfig:
+    """base: a run whose data are prompts and completions. out: for what is collected and trained.
+    prompts: of its training part, to collect on. lr, ar_weight, steps, batch_size: of both longer
+    trainings. window: of Jacobi decoding where nothing else is said. problems: for quality. texts,
+    rounds: decoded in turns. quick: the direction in minutes, in files of its own.
+    """
+
+    base: str = "runs/sql"
+    out: str = "runs/consistency_benchmark"
+    prompts: int = 6000
+    steps: int = 900
+    batch_size: int = 8
+    lr: float = 2e-3
+    ar_weight: float = 2.0
+    draft_steps: int = 300
+    window: int = 8
+    precision: str = "float32"
+    new_tokens: int = 128
+    problems: int = 2500
+    texts: int = 48
+    rounds: int = 3
+    pairs: int = 30
+    device: str = "auto"
+    quick: bool = False
+    name: str = "consistency"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+        if self.quick:  # beside the whole, not in its place
+            vars(self).update(QUICK, out=f"{self.out}_quick", name=f"{self.name}_quick")
+
+    @property
+    def trajectories(self) -> str:
+        return f"{self.out}/trajectories"
+
+
+@dataclass(frozen=True)
+class Models:
+    """Runs by name, and what each took: seconds, steps."""
+
+    base: str
+    after: str
+    control: str
+    draft: str
+    costs: dict[str, Any]
+
+
+def make_models(config: BenchmarkConfig) -> Models:
+    report = collect(config)
+    made = {
+        "after": trained(consistency_run(config, "after")),
+        "control": trained(consistency_run(config, "control")),
+        "draft": trained(draft_run(config)),
+    }
+    costs = {"collection": asdict(report)} | {name: cost_of(where) for name, where in made.items()}
+    return Models(config.base, **made, costs=costs)
+
+
+def collect(config: BenchmarkConfig) -> Report:
+    """Greedy trajectories on the base run's own training prompts."""
+    base, device = subject(config.base), find_device(config.device)
+    documents = islice(iter_documents(data_of(config.base), held_out=False), config.prompts)
+    stop = mtp.stop_at(*base.ends)
+    requests = [
+        mtp.Request(prompt_of(document, base.tokenizer), config.new_tokens, seed, stop)
+        for seed, document in enumerate(documents)
+    ]
+    prompts = json.dumps([request.prompt for request in requests])
+    settings = {
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
+        "max_new_tokens": config.new_tokens,
+    }
+    return collect_shards(
+        Path(config.trajectories),
+        base.load(device, torch.float32),
+        requests,
+        Origin(base.tokenizer.fingerprint, base.hash, TRAINED_WINDOW, settings),
+        base.tokenizer,
+        FilterConfig(),
+        batch_size=32,
+        sampling=mtp.Sampling(temperature=0),
+        tell=every(500),
+    )
+
+
+def every(count: int) -> Callable[[int, int], None]:
+    def tell(done: int, total: int) -> None:
+        if done % count == 0:
+            print(f"{done} of {total} trajectories", file=sys.stderr)
+
+    return tell
+
+
+def consistency_run(config: BenchmarkConfig, name: str) -> RunConfig:
+    """after or control: the same but for the weight of the consistency loss."""
+    return RunConfig(
+        run_dir=f"{config.out}/{name}",
+        objective="consistency",
+        init_from=config.base,
+        resume="auto",
+        device=config.device,
+        sample_every=0.0,
+        data=DataConfig(seq_len=COLUMNS),
+        consistency=ConsistencyConfig(
+            trajectories=config.trajectories,
+            window=TRAINED_WINDOW,
+            states=STATES,
+            ar_weight=config.ar_weight,
+            consistency_weight=float(name != "control"),
+        ),
+        train=TrainConfig(
+            steps=config.steps,
+            batch_size=config.batch_size,
+            precision="bfloat16",
+            log_every=20,
+            optim=OptimConfig("muon", config.lr, weight_decay=0.0, warmup_steps=20),
+        ),
+    )
+
+
+def draft_run(config: BenchmarkConfig) -> RunConfig:
+    """A small model learns the base model's answers: distillation by its text."""
+    answers = Path(config.out) / "answers.jsonl"
+    tokenizer = mtp.load_tokenizer(config.base)
+    write_text(answers, "".join(f"{json.dumps(x)}\n" for x in texts_of(config, tokenizer)))
+    data = data_of(config.base)
+    longest = load_config(find(config.base)).max_seq_len
+    return RunConfig(
+        run_dir=f"{config.out}/draft",
+        resume="auto",
+        device=config.device,
+        sample_every=0.0,
+        model=ModelConfig(**(asdict(DRAFT) | {"max_seq_len": longest})),
+        data=DataConfig("jsonl", str(answers), tokenizer=data.tokenizer, seq_len=data.seq_len),
+        train=TrainConfig(
+            steps=config.draft_steps,
+            batch_size=16,
+            precision="bfloat16",
+            log_every=20,
+            eval_batches=1,
+            optim=OptimConfig("muon", 5e-3, warmup_steps=20),
+        ),
+    )
+
+
+def texts_of(config: BenchmarkConfig, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    found = read_trajectories(config.trajectories, tokenizer.fingerprint, TRAINED_WINDOW)
+    return [
+        {"prompt": tokenizer.decode(t.prompt), "completion": tokenizer.decode(answer(t, tokenizer))}
+        for t in found
+    ]
+
+
+def answer(trajectory: Trajectory, tokenizer: Tokenizer) -> Sequence[int]:
+    """Without the end token, which documents get anew."""
+    return [token for token in trajectory.response if token != tokenizer.end_id]
+
+
+def trained(config: RunConfig) -> str:
+    """-> its run directory. SystemExit: another configuration was run there, or it was stopped."""
+    written = Path(config.run_dir) / "run.json"
+    wanted = json.loads(json.dumps(asdict(config)))
+    if written.is_file() and json.loads(written.read_text(encoding="utf-8")) != wanted:
+        raise SystemExit(f"error: {written} is of another configuration: choose another out=")
+    print(f"training {config.run_dir}", file=sys.stderr)
+    progress = run(config)
+    if progress is not None and progress.stopped:
+        raise SystemExit(f"stopped in {config.run_dir}: the same command goes on")
+    return config.run_dir
+
+
+def cost_of(run_dir: str) -> dict[str, Any]:
+    lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1])
+    return {key: last[key] for key in ("step", "tokens", "seconds")}
