@@ -23,6 +23,7 @@ Beside the figures it writes a picture and a page of trajectories. The last line
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import sys
@@ -276,4 +277,5 @@ def write_page(made: Models, paths: Mapping[str, Sequence[Trajectory]], path: Pa
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # of the trainings
     print(json.dumps(run(parse(BenchmarkConfig, sys.argv[1:]))))

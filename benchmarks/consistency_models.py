@@ -166,15 +166,21 @@ def draft_run(config: BenchmarkConfig) -> RunConfig:
     answers = Path(config.out) / "answers.jsonl"
     tokenizer = mtp.load_tokenizer(config.base)
     write_text(answers, "".join(f"{json.dumps(x)}\n" for x in texts_of(config, tokenizer)))
-    data = data_of(config.base)
-    longest = load_config(find(config.base)).max_seq_len
+    base, rows = find(config.base), data_of(config.base).seq_len
+    longest = load_config(base).max_seq_len
     return RunConfig(
         run_dir=f"{config.out}/draft",
         resume="auto",
         device=config.device,
         sample_every=0.0,
         model=ModelConfig(**(asdict(DRAFT) | {"max_seq_len": longest})),
-        data=DataConfig("jsonl", str(answers), tokenizer=data.tokenizer, seq_len=data.seq_len),
+        data=DataConfig(
+            "jsonl",
+            str(answers),
+            val_path=str(answers),  # a run wants some; nobody looks
+            tokenizer=str(base),
+            seq_len=rows,
+        ),
         train=TrainConfig(
             steps=config.draft_steps,
             batch_size=16,

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Training and decoding at the paper's shapes in bf16 on one data-centre GPU, each in less than ten
-# minutes:
+# minutes, and a longer run that is not among them unless it is asked for:
 #
 #     benchmarks/gpu.sh            # both
 #     benchmarks/gpu.sh train      # memory and time of a training step: 300M, 1.3B, 6.7B
 #     benchmarks/gpu.sh decode     # every way to decode: 1.3B, random weights, for what it costs
 #     RUN=runs/bytes8 benchmarks/gpu.sh decode   # a trained model too, for what is accepted
+#     SQL=runs/sql benchmarks/gpu.sh consistency   # a run of text to SQL, of any size: an hour
 #     QUICK=1 RESULTS=/tmp benchmarks/gpu.sh     # toy sizes, anywhere, to try the script
 #
 # It needs this checkout and a Python (PYTHON, by default python3) with torch and what ships beside
@@ -53,6 +54,11 @@ for what in ${@:-train decode}; do
             part "decode_${gpu}_1.3b" 300 $decode model=1.3b prompts=1
             [[ -z ${RUN:-} ]] || part "decode_${gpu}_$(basename "$RUN")" 280 $decode "model=$RUN" prompts=4
             ;;
+        consistency)
+            part "consistency_${gpu}_$(basename "${SQL:?names a run of text to SQL}")" 3600 benchmarks.consistency \
+                device=cuda "base=$SQL" "out=${SQL}_consistency_gpu" precision=bfloat16 prompts=20000 steps=3000 \
+                batch_size=32 lr=${LR:-5e-4}
+            ;;
         "quick train")
             part "train_memory_$gpu" 60 benchmarks.train_memory shapes=small dtypes=float32
             part "train_speed_${gpu}_1m" 60 benchmarks.train_speed shape=1m seq_len=16 pairs=2
@@ -61,7 +67,7 @@ for what in ${@:-train decode}; do
             part "decode_${gpu}_1m" 60 benchmarks.decode model=1m batch=1 prompts=1 prompt_tokens=8 \
                 new_tokens=8 rounds=1 pairs=1
             ;;
-        *) echo "error: $what is unknown: allowed are train, decode" >&2; exit 1 ;;
+        *) echo "error: $what is unknown: allowed are train, decode, consistency" >&2; exit 1 ;;
     esac
 done
 cat <<END
