@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,12 +59,12 @@ def every_response(monkeypatch):
     monkeypatch.setattr(consistency, "WINDOWS", (3, 4))
 
 
-def test_it_makes_its_models_and_writes_what_it_found(toy, tmp_path):
+def test_it_makes_its_models_and_writes_what_it_found(toy):
     threads = torch.get_num_threads()
     line = consistency.run(toy)
     torch.set_num_threads(threads)
     assert line.keys() == KEYS
-    entry = json.loads(open(f"{toy.name}.json", encoding="utf-8").read())
+    entry = json.loads(Path(f"{toy.name}.json").read_text(encoding="utf-8"))
     values = entry["values"]
     assert line.items() <= values.items()
     ways = {who: set(found) for who, found in values["decoding"].items()}
@@ -74,7 +75,7 @@ def test_it_makes_its_models_and_writes_what_it_found(toy, tmp_path):
         assert found[PLAIN]["tokens_per_forward"] == found[PLAIN]["speedup"] == 1
         assert all(f["same_texts"] == f["texts"] == 2 for f in found.values())
     assert values["costs"].keys() == {"collection", "after", "control", "draft"}
-    assert "consistency model" in open(f"{toy.name}.html", encoding="utf-8").read()
+    assert "consistency model" in Path(f"{toy.name}.html").read_text(encoding="utf-8")
     again = consistency.make_models(toy)  # finds all of it
     assert again.costs == values["costs"]
 
