@@ -230,8 +230,8 @@ def _mark(head: int, text: str) -> str:
 
 
 def consistency_panels(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
-    """Speedup over tokens per forward: a point for every way to decode, a colour for every model,
-    and along the windows of the control and the consistency model.
+    """Left the speedup of every way to decode with quartiles, a colour for each model; right the
+    window's sweep, for the models that have one.
     """
     import matplotlib
 
@@ -243,19 +243,20 @@ def consistency_panels(found: Mapping[str, Mapping[str, Mapping[str, Any]]], pat
         for way, f in of_all.items():
             bars.barh(f"{who}, {way}", f["speedup"], color=colour, height=0.7)
             bars.plot(f["speedup_iqr"], [f"{who}, {way}"] * 2, color="0.2", lw=1.2)
-        sweep = [(int(way.split()[1]), f) for way, f in of_all.items() if way[7:].isdecimal()]
-        windows = [n for n, _ in sweep]
-        for key, line in (("tokens_per_forward", "o-"), ("speedup", "s--")):
-            label, heights = f"{who}, {key.replace('_', ' ')}", [f[key] for _, f in sweep]
-            curves.plot(windows, heights, line, color=colour, label=label)
+        sweep = {way.split()[1]: f for way, f in of_all.items() if way.split()[-1].isdecimal()}
+        if len(sweep) > 1:
+            for key, line in (("tokens_per_forward", "o-"), ("speedup", "s--")):
+                label, heights = f"{who}, {key}".replace("_", " "), [f[key] for f in sweep.values()]
+                curves.plot(list(sweep), heights, line, color=colour, label=label)
     bars.invert_yaxis()
+    bars.axvline(1, color="0.4", lw=0.8)
     bars.set_xlabel("speedup over the same model's plain decoding, with quartiles", fontsize=9)
     bars.tick_params(labelsize=8)
-    curves.set_xscale("log", base=2)
-    curves.set_xlabel("window", fontsize=9)
+    curves.set_xlabel("Jacobi window", fontsize=9)
+    curves.set_ylim(bottom=0)
+    curves.grid(alpha=0.25)
     curves.legend(frameon=False, fontsize=8)
     for axes in (bars, curves):
-        axes.axvline(1, color="0.4", lw=0.8) if axes is bars else axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.savefig(path)
