@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,11 +103,12 @@ def encode_segments(document: Document, tokenizer: Tokenizer) -> list[tuple[list
 
 
 def prompt_of(document: Document, tokenizer: Tokenizer, limit: int | None = None) -> list[int]:
-    """Ids that a model is to go on with: a chat up to where its last answer begins, or one more; a
-    prompt without its completion; the first `limit` of other text.
+    """Ids that a model is to go on with: a chat up to where its first answer begins, as later words
+    go with answers that are not the model's; a prompt without its completion; the first `limit` of
+    other text.
     """
     if said := document.messages:
-        before = said[:-1] if said[-1]["role"] == "assistant" else said
+        before = list(takewhile(lambda message: message["role"] != "assistant", said))
         return tokenizer.encode(chat_template(tokenizer).render(before, True))
     (first, is_target), *more = encode_segments(document, tokenizer)
     return first[:limit] if is_target or not more else first

@@ -345,17 +345,11 @@ ASKED, ANSWERED = {"role": "user", "content": "U"}, {"role": "assistant", "conte
         ({"prompt": "p", "completion": "c"}, "p"),
         ({"messages": [ASKED]}, "<|user|>\nU\n<|assistant|>\n"),
         ({"messages": [ASKED, ANSWERED]}, "<|user|>\nU\n<|assistant|>\n"),
-        (
-            {"messages": [ASKED, ANSWERED, ASKED]},
-            "<|user|>\nU\n<|assistant|>\nA\n<|user|>\nU\n<|assistant|>\n",
-        ),
-        (
-            {"messages": [ASKED, ANSWERED] * 2},
-            "<|user|>\nU\n<|assistant|>\nA\n<|user|>\nU\n<|assistant|>\n",
-        ),
+        ({"messages": [ASKED, ANSWERED, ASKED]}, "<|user|>\nU\n<|assistant|>\n"),
+        ({"messages": [ASKED, ANSWERED] * 2}, "<|user|>\nU\n<|assistant|>\n"),
     ],
 )
-def test_a_prompt_is_all_before_the_last_answer(record, prompt, tmp_path):
+def test_a_prompt_is_all_before_the_first_answer(record, prompt, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [record] * 2)
     for document in iter_documents(DataConfig("jsonl", path, val_fraction=0.0), False):
         assert BYTES.decode(prompt_of(document, BYTES)) == prompt
