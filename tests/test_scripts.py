@@ -354,7 +354,7 @@ def test_jobs_that_fail_are_named_and_do_not_keep_others_from_running(
         ("train", ["device=gpu"], ["device='gpu'", "cpu", "cuda"]),
         ("train", ["resume=true"], ["resume=true", "holds no checkpoint"]),
         ("generate", ["prompt=a"], ["checkpoint"]),
-        ("generate", ["checkpoint=/nowhere", "prompt=a"], ["/nowhere is no checkpoint"]),
+        ("generate", ["checkpoint=/nowhere", "prompt=a"], ["/nowhere is no folder"]),
         ("generate", ["checkpoint=x", "prompt=a", "prompts=b"], ["prompt=TEXT or prompts=FILE"]),
         ("prepare_data", ["data.source=stdlib"], ["out"]),
         ("prepare_data", ["out=x", "data.source=web"], ["data.source='web'", "jsonl"]),
@@ -381,7 +381,7 @@ def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, t
     [
         (["drafter=x"], "drafter='x' is unknown: allowed are none, heads, model, lookup"),
         (["drafter=model"], "drafter=model needs draft="),
-        (["drafter=model", "draft=/nowhere"], "/nowhere is no checkpoint"),
+        (["drafter=model", "draft=/nowhere"], "/nowhere is no folder"),
         (["drafter=lookup", "draft={run}"], "drafter=lookup takes no draft="),
         (["max_new_tokens=9999"], "max_seq_len is 256"),
         (["drafter=heads", "tree=0"], "tree=0 must be at least 1"),
