@@ -182,7 +182,6 @@ def test_a_folder_gets_heads_and_goes_out_by_one_command_each(learning, tmp_path
     assert isinstance(load_causal_lm(trunk, CPU, torch.float32), Transformer)
     drafted = said(capsys, trunk, heads=str(run_dir / "heads"), drafter="heads")
     assert drafted.out == said(capsys, trunk).out == f"ab{their_text(trunk, 'ab')}\n"
-    assert float(drafted.err.split()[-1]) > 1.2  # tokens per step
     out = tmp_path / "out"
     formats = {"source_format": "llama", "out_format": "speculative"}
     convert(ConvertConfig(**formats, source=str(trunk), out=str(out), heads=str(run_dir / "heads")))
@@ -223,8 +222,8 @@ def test_a_template_that_refuses_a_chat_says_so(tmp_path):
         chat_segments(CHAT, chat_template(HuggingFaceTokenizer(folder)))
 
 
-@pytest.mark.parametrize("turns", [1, 2, 4])
-def test_a_model_answers_the_first_question_of_a_chat_itself(turns, templated, tmp_path):
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_model_gives_the_last_answer_of_a_chat_itself(turns, templated, tmp_path):
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT[:turns]}) + "\n")
     data = DataConfig("jsonl", str(tmp_path / "chats.jsonl"), val_fraction=0)
     out = tmp_path / "own.jsonl"
