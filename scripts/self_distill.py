@@ -1,7 +1,7 @@
 """Let a model write the text that its heads are trained on:
 
 python scripts/self_distill.py checkpoint=FOLDER out=runs/own.jsonl data.source=stdlib
-python scripts/attach.py trunk=FOLDER out=runs/heads data.source=jsonl data.path=runs/own.jsonl
+python scripts/attach.py trunk=FOLDER run_dir=runs/heads data.source=jsonl data.path=runs/own.jsonl
 
 Prompts are the training documents of `data`: of a chat or of a prompt with its completion what
 stands before the last answer, of other text the first `prompt_tokens` tokens. Each line of `out`
