@@ -57,10 +57,10 @@ class RunConfig:
     """
 
     run_dir: str = "runs/train"
-    objective: str = "tokens"  # a key of OBJECTIVES
-    init_from: str | None = None
     resume: str = "false"  # true, false or auto
     dry_run: bool = False
+    objective: str = "tokens"  # a key of OBJECTIVES
+    init_from: str | None = None
     tensorboard: bool = False
     wandb: str | None = None
     device: str = "auto"

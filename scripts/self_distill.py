@@ -4,7 +4,7 @@ python scripts/self_distill.py checkpoint=FOLDER out=runs/own.jsonl data.source=
 python scripts/attach.py trunk=FOLDER run_dir=runs/heads data.source=jsonl data.path=runs/own.jsonl
 
 Prompts are the training documents of `data`: of a chat or of a prompt with its completion what
-stands before the last answer, of other text the first `prompt_tokens` tokens. Each line of `out`
+stands before the first answer, of other text the first `prompt_tokens` tokens. Each line of `out`
 holds both texts and their ids, of which the completion's are targets. The same command goes on
 where it was stopped. `--cfg job` prints every key.
 """

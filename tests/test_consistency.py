@@ -306,8 +306,8 @@ def config(tmp_path):
     )
     return RunConfig(
         str(tmp_path / "run"),
-        "consistency",
-        str(tmp_path / "trained"),
+        objective="consistency",
+        init_from=str(tmp_path / "trained"),
         device="cpu",
         train=training,
         consistency=ConsistencyConfig(str(tmp_path / "collected"), WINDOW),
@@ -348,10 +348,9 @@ def test_without_its_weight_the_divergence_is_measured_and_not_learned(config):
     config.consistency = replace(config.consistency, consistency_weight=0.0, ar_weight=1.0)
     config.train.steps = 1
     run(config)
-    model, loss_fn = checkpoint.load(config.init_from), ConsistencyLoss()
-    batch = next(batches(collected(config)))
-    _, figures = loss_fn(model, batch, loss_fn.count(batch))
-    text = figures["loss_1"][0] / figures["loss_1"][1]
+    model, batch = checkpoint.load(config.init_from), next(batches(collected(config)))
+    once, twice = (ConsistencyLoss(ar_weight=weight) for weight in (1.0, 2.0))
+    text = twice(model, batch, twice.count(batch))[0] - once(model, batch, once.count(batch))[0]
     (line,) = metrics(config)
     assert line["loss_1"] == pytest.approx(text.item(), rel=1e-5) and line["consistency"] > 0
     text.backward()

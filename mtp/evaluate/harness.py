@@ -74,7 +74,7 @@ class TheirText:
         """end: one more id that ends a text, or several."""
         self.theirs, self.name = tokenizer.theirs, name
         self.decode, begin = tokenizer.decode, tokenizer.theirs.bos_token_id
-        found = (tokenizer.end_id, *(end if isinstance(end, list) else [end]))
+        found = (tokenizer.end_id, *(end if isinstance(end, list | tuple) else [end]))
         self.ends = tuple(dict.fromkeys(i for i in found if i is not None))
         self.prefix = tokenizer.end_id if begin is None else begin
 
