@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft
-from mtp.decode.drafters import best_tree
 from mtp.documents import Document
 from mtp.loss import agreements
 from mtp.model import Transformer

@@ -30,8 +30,9 @@ from benchmarks.decode import (
 )
 from benchmarks.peers import Peer, checked, llama_weights
 from benchmarks.texts import Judge, on_text, path_length, rows_of
+from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft, Request
-from mtp.decode.drafters import OwnHeads, best_tree
+from mtp.decode.drafters import OwnHeads
 from mtp.decode.loop import generate
 from mtp.documents import Document
 from mtp.tokenizer import ByteTokenizer

@@ -38,6 +38,7 @@ EXACT = {
     "mtp.documents": {"mtp.evaluate.micro", "mtp.overlap", "mtp.packages"},
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
+    "mtp.decode.beam": {"mtp.decode.contract"},
     "mtp.decode.jacobi": {"mtp.decode.contract", "mtp.decode.sampling"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
     "mtp.evaluate.sql": {"mtp.evaluate.schemas"},

@@ -144,10 +144,11 @@ def emitted(draft, verdict):
     return torch.where(verdict.accepted > 0, draft.tokens[:, 0], verdict.next)
 
 
+LOSSLESS = [word for word, rule in RULES.items() if not rule(Sampling()).lossy]
 LAWS = [Sampling(1.0), Sampling(0.7, top_k=4), Sampling(1.0, top_p=0.8)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LOSSLESS)
 @pytest.mark.parametrize("sampling", LAWS)
 @pytest.mark.parametrize("seed", range(3))
 def test_first_token_follows_the_targets_law(rule, sampling, seed, device):
@@ -166,8 +167,11 @@ def test_token_after_an_accepted_guess_follows_its_own_law_whatever_the_guess(ru
     draft, verdict = verdicts(RULES[rule](sampling), target, target[:1] * 0.5, device)
     stands = verdict.accepted == 1
     pairs = (draft.tokens[:, 0] * 4 + verdict.next)[stands].bincount(minlength=16).view(4, 4).cpu()
-    law = sampling.probs(target[1]).cpu()
-    assert all(p_value(row, law) > FALSE_ALARM for row in pairs)
+    law, rows = (
+        sampling.probs(target[1]).cpu(),
+        pairs[pairs.sum(1) > 0],
+    )  # joint refuses some always
+    assert len(rows) > 2 and all(p_value(row, law) > FALSE_ALARM for row in rows)
 
 
 @pytest.mark.parametrize("sampling", LAWS)

@@ -70,18 +70,22 @@ def chain(first_row: int, starts: Sequence[int], columns: int, slots: int, like:
     return Layout(rows, where, positions, mask.masked_fill_(seen, 0.0), span)
 
 
-def tree(starts: Sequence[int], lineage: Tensor, slots: int, like: Tensor) -> Layout:
+def tree(
+    starts: Sequence[int], lineage: Tensor, slots: int, like: Tensor, first: int = 0
+) -> Layout:
     """The columns of a step's draft tree, for all rows: each sees its row's text and its lineage
-    (B, T, T), see `Draft.lineage`. Its slot follows its column, its position its depth.
+    (B, T, T), see `Draft.lineage`. Its slot follows its column, its position its depth. Columns
+    before `first` are in the cache already.
     """
     B, T, _ = lineage.shape
     span = max(starts) + T
     start = torch.tensor(starts, device=like.device)[:, None]
     at = start + torch.arange(T, device=like.device)
     where = at + torch.arange(B, device=like.device)[:, None] * slots
+    lineage, where = lineage[:, first:], where[:, first:]
     positions = start + lineage.sum(-1) - 1
-    seen = (torch.arange(span, device=like.device) < start)[:, None].repeat(1, T, 1)
-    seen.scatter_(2, at[:, None].expand(B, T, T), lineage)
+    seen = (torch.arange(span, device=like.device) < start)[:, None].repeat(1, T - first, 1)
+    seen.scatter_(2, at[:, None].expand(B, T - first, T), lineage)
     mask = torch.full(seen.shape, float("-inf"), dtype=like.dtype, device=like.device)
     mask = mask.masked_fill_(seen, 0.0)[:, None]
     return Layout(slice(0, B), where.flatten(), positions, mask, span)
@@ -93,11 +97,13 @@ class Draft:
 
     probs (B, K, V): the law each was drawn from; None: not drawn. parents (B, K): the guess that
     each follows, by number, always an earlier one, or -1 for the pending token; None: a chain.
+    logq (B, K): in place of probs, the log of each guess's own probability after those it follows.
     """
 
     tokens: Tensor
     probs: Tensor | None = None
     parents: Tensor | None = None
+    logq: Tensor | None = None
 
     @cached_property
     def lineage(self) -> Tensor:
@@ -129,6 +135,7 @@ class State:
     draw(logits (B, K, V), ahead=0) -> Draft: guesses for K places, the first of which lies `ahead`
     beyond the first one after the pending token, drawn as the acceptance rule wants them.
     scores(logits, ahead=0) -> (B, K, V): what such a guess has most of; for trees of the best few.
+    branches(logits (B, W, V), ahead) -> log weights and luck, see `Rule.branches`; for beams.
 
     choices (B, S): the target's own token after each slot that a step read; beyond `length` as it
     was read behind guesses that did not stand. -1: none. A drafter that wants it puts it there, and
@@ -142,6 +149,7 @@ class State:
     draw: Callable[..., Draft]
     scores: Callable[..., Tensor]
     choices: Tensor | None = None
+    branches: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
 
 
 class Sizes(Protocol):
@@ -257,13 +265,24 @@ class Place:
 
 
 class Rule(Protocol):
-    """Decides which guesses stand."""
+    """Decides which guesses stand.
+
+    lossy: texts do not follow the target's law, and depend on how far drafts reach.
+    """
+
+    @property
+    def lossy(self) -> bool: ...
 
     def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
         """Guesses from the logits (B, K, V) of a drafter for positions first + ahead and on."""
 
     def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
         """What a guess for each of these positions should have most of, (B, K, V)."""
+
+    def branches(self, logits: Tensor, place: Place, ahead: int) -> tuple[Tensor, Tensor]:
+        """Logits (B, W, V) of W beams, all for position first + ahead -> log weight of each token
+        after its beam (B, W, V), and luck: the beams of most weight and luck together go on.
+        """
 
     def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         """logits (B, 1 + K, V) of the target, after the pending token and after each guess."""

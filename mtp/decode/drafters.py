@@ -8,14 +8,16 @@ own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mtp.decode.contract import Draft, Drafter, Layout, NoDraft, State, chain
+from mtp.decode.beam import Beams, best_tree
+from mtp.decode.contract import Draft, Drafter, Layout, NoDraft, State, chain, tree
 from mtp.decode.jacobi import Jacobi
 
 
@@ -146,7 +148,9 @@ class OwnHeads:
         latents = (_at(x, columns) for x in self._guess(state, layout, future, k))
         if self.ahead:
             return self._propose_in_turn(state, columns, future, latents)
-        logits = self._logits([*latents])
+        return self._offer(state, self._logits([*latents]))
+
+    def _offer(self, state: State, logits: Tensor) -> Draft:
         return best_tree(state.scores(logits), self.tree) if self.tree else state.draw(logits)
 
     def _catch_up(
@@ -200,7 +204,7 @@ class DraftModel:
     def __init__(self, model: Any, depth: int = 4) -> None:
         _check_guesses(depth=depth)
         self.model = model
-        self.depth = self.nodes = depth
+        self.depth = self.nodes = self.grown = depth  # grown: how many guesses it makes itself
 
     def attach(self, model: Any) -> None:
         own, target = self.model.config.vocab_size, model.config.vocab_size
@@ -216,6 +220,7 @@ class DraftModel:
                 f"texts of up to {longest} tokens exceed the draft model's max_seq_len={most}: "
                 f"shorten the prompts or lower max_new_tokens"
             )
+        slots = longest + 1 + self.grown
         self.reader = Reader(self.model.new_cache(self.model.next_layers, rows, slots), rows)
 
     def admit(self, state: State, row: int, source: int | None) -> None:
@@ -235,9 +240,84 @@ class DraftModel:
     def _read(self, text: Tensor, first: int, ends: list[int]) -> Tensor:
         """Bring rows from `first` on up to ends[r] tokens; -> latent (R, 1, D) of the last."""
         layout, columns = self.reader.catch_up(first, ends)
-        tokens = text.flatten().index_select(0, layout.where).view(len(ends), -1)
+        tokens = text[layout.rows].gather(1, layout.positions)  # its cache may be longer
         latent, _ = self.model.read(tokens, layout, self.reader.cache)
         return _at(latent, columns)[:, None]
+
+
+class BeamModel(DraftModel):
+    """The drafter of multi-token assisted decoding (Qin et al. 2025): the `width` most promising
+    paths of a smaller model, `depth` tokens long, as the acceptance rule draws or ranks them. They
+    grow as a tree in its cache. whole: the target reads them all, in place of the best one.
+
+    Where fewer than `width` tokens have any probability, the rest of the beam stays empty.
+    """
+
+    def __init__(self, model: Any, depth: int = 4, width: int = 4, whole: bool = False) -> None:
+        super().__init__(model, depth)
+        _check_guesses(width=width)
+        self.width, self.whole, self.grown = width, whole, depth * width
+        self.nodes = self.grown if whole else depth
+
+    def attach(self, model: Any) -> None:
+        super().attach(model)
+        _check_width(self.width, model)
+        own, target = _parameters(self.model), _parameters(model)
+        if own > target:
+            warnings.warn(
+                f"the model that drafts has {own / target:.1f} times the target's parameters: each "
+                f"of the {self.depth} tokens that it looks ahead costs about that many times a "
+                f"step without drafts",
+                stacklevel=2,
+            )
+
+    def propose(self, state: State, k: int) -> Draft:
+        assert state.branches is not None
+        cache, beams = self.reader.cache, Beams(self.width)
+        latent = self._read(state.text, 0, [n + 1 for n in state.length])  # with the pending token
+        beams.grow(*state.branches(self.model.logits(latent), 0))
+        for ahead in range(1, k):  # on loan, as in a chain
+            lineage, held = beams.tree().lineage, 1 + (ahead - 1) * self.width
+            at = tree(state.length, lineage, cache.slots, cache.k, first=held)
+            latent, _ = self.model.read(beams.tokens[-1].clamp(min=0), at, cache)
+            beams.grow(*state.branches(self.model.logits(latent), ahead))
+        return beams.tree() if self.whole else beams.best()
+
+
+class BeamHeads(OwnHeads):
+    """`BeamModel` with the target's own heads in place of another model. They guess without each
+    other: the law of a path is the product of theirs, and the draft costs no pass.
+    """
+
+    def __init__(
+        self,
+        depth: int | None = None,
+        width: int = 4,
+        whole: bool = False,
+        vocabulary: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        super().__init__(depth, vocabulary=vocabulary)
+        _check_guesses(width=width)
+        self.width, self.whole = width, whole
+
+    def attach(self, model: Any) -> None:
+        super().attach(model)
+        _check_width(self.width, model)
+        if model.reads_ahead:
+            raise ValueError(
+                "beams need heads that guess without each other: the model's read the guesses of "
+                "those before, which are one chain, as drafter=heads makes it"
+            )
+        self.nodes = self.depth * (self.width if self.whole else 1)
+
+    def _offer(self, state: State, logits: Tensor) -> Draft:
+        assert state.branches is not None
+        beams, paths = Beams(self.width), 1
+        for ahead in range(logits.shape[1]):
+            of_head = logits[:, ahead, None].expand(-1, paths, -1)
+            beams.grow(*state.branches(of_head, ahead))
+            paths = self.width
+        return beams.tree() if self.whole else beams.best()
 
 
 class PromptLookup:
@@ -297,28 +377,6 @@ class PromptLookup:
         return []
 
 
-def best_tree(scores: Tensor, nodes: int) -> Draft:
-    """The `nodes` most probable beginnings of paths, if scores (B, K, V) are logits of K tokens
-    that do not depend on each other: a tree, since none is more probable than its own beginning.
-    """
-    logp, token = scores.float().log_softmax(-1).topk(min(nodes, scores.shape[-1]), -1)
-    width = token.shape[-1]
-    joint, tokens = [logp[:, 0]], [token[:, 0]]
-    parents = [torch.full_like(token[:, 0], -1)]
-    for depth in range(1, token.shape[1]):
-        grown = (joint[-1][:, :, None] + logp[:, depth, None]).flatten(1)
-        best, at = grown.topk(min(nodes, grown.shape[1]), -1)
-        parents.append(sum(x.shape[1] for x in joint[:-1]) + at // width)
-        tokens.append(token[:, depth].gather(1, at % width))
-        joint.append(best)
-    # Of equals the first: it lies nearer to the root. Then in order, so that parents come first.
-    order = torch.cat(joint, 1).sort(dim=-1, descending=True, stable=True).indices
-    kept = order[:, :nodes].sort(-1).values
-    parent = torch.cat(parents, 1).gather(1, kept)
-    place = torch.searchsorted(kept, parent.clamp(min=0))
-    return Draft(torch.cat(tokens, 1).gather(1, kept), parents=torch.where(parent < 0, -1, place))
-
-
 def _line(drafts: Sequence[Draft]) -> Draft:
     """Guesses of one token each as one chain."""
     probs = [draft.probs for draft in drafts if draft.probs is not None]
@@ -337,6 +395,17 @@ def _check_guesses(**most: int | None) -> None:
     for key, value in most.items():
         if value is not None and value < 1:
             raise ValueError(f"{key}={value} must be at least 1; for no guesses use no drafter")
+
+
+def _check_width(width: int, model: Any) -> None:
+    if width > (most := model.config.vocab_size):
+        raise ValueError(f"width={width} exceeds vocab_size={most}: beams begin with other tokens")
+
+
+def _parameters(model: Any) -> int:
+    """Also of an adapter, which is no module but holds one."""
+    module = model if isinstance(model, nn.Module) else model.model
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _distinct(vocabulary: Sequence[int] | Tensor) -> Tensor:
@@ -359,18 +428,24 @@ def _jacobi(depth: int = 15, pool: int = 0, first: str = "text") -> Jacobi:
     return Jacobi(depth + 1, pool, OwnHeads() if first == "heads" else None)
 
 
+def _beam(draft: Any = None, **words: Any) -> Drafter:
+    return BeamHeads(**words) if draft is None else BeamModel(draft, **words)
+
+
 DRAFTERS: dict[str, tuple[Callable[..., Drafter], tuple[str, ...]]] = {  # and what they take
     "none": (NoDraft, ()),
     "heads": (OwnHeads, ("depth", "tree", "vocabulary")),
     "model": (lambda draft, **words: DraftModel(draft, **words), ("draft", "depth")),
     "lookup": (PromptLookup, ("depth",)),
     "jacobi": (_jacobi, ("depth", "pool", "first")),
+    "beam": (_beam, ("draft", "depth", "width", "whole")),
 }
 
 
 def make_drafter(name: str, **settings: Any) -> Drafter:
-    """A drafter by its word. settings: depth, tree, vocabulary, draft (the model for "model"), pool
-    and first ("text" or "heads", for "jacobi"), as far as it takes them; None lets it choose.
+    """A drafter by its word. settings: depth, tree, vocabulary, draft (the model for "model", and
+    for "beam", which else takes the target's heads), pool and first ("text" or "heads", for
+    "jacobi"), width and whole (for "beam"), as far as it takes them; None lets it choose.
     ValueError names what is allowed.
     """
     if name not in DRAFTERS:
@@ -381,6 +456,6 @@ def make_drafter(name: str, **settings: Any) -> Drafter:
         if key not in taken:
             takers = [word for word, (_, keys) in DRAFTERS.items() if key in keys]
             raise ValueError(f"drafter={name} takes no {key}=: only {', '.join(takers)} may")
-    if "draft" in taken and "draft" not in given:
+    if name == "model" and "draft" not in given:
         raise ValueError("drafter=model needs draft=: the model that drafts")
     return make(**given)

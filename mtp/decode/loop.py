@@ -32,7 +32,7 @@ from mtp.decode.contract import (
     tree,
 )
 from mtp.decode.depth import DepthPolicy
-from mtp.decode.sampling import RULES, Sampling
+from mtp.decode.sampling import Sampling, make_rule
 
 
 def generate(
@@ -43,6 +43,7 @@ def generate(
     *,
     batch_size: int = 8,
     rule: str = "match",
+    threshold: float | None = None,
     logprobs: bool = False,
     depth: DepthPolicy | None = None,
 ) -> list[Completion]:
@@ -50,10 +51,11 @@ def generate(
 
     With rule="match" the text is the one that decoding without a drafter gives, token for token,
     whatever the drafter, batch size and order (fp32 and fp64; in bf16 up to near-ties); "exact" and
-    "block" keep its law. logprobs fills `Completion.logprobs`. depth says how many guesses a step
-    makes, see `mtp.decode.depth.AdaptiveDepth`; None: as many as the drafter can. ValueError: a
-    prompt that is empty, not in the vocabulary or too long for the context, an unknown rule, or
-    caches that do not fit in memory.
+    "block" keep its law. "joint" is lossy: threshold, in (0, 1], says how much less probable a
+    block may be under the target than under the drafter. logprobs fills `Completion.logprobs`.
+    depth says how many guesses a step makes, see `mtp.decode.depth.AdaptiveDepth`; None: as many as
+    the drafter can. ValueError: a prompt that is empty, not in the vocabulary or too long for the
+    context, an unknown rule, a threshold out of range, or caches that do not fit in memory.
     """
     decoding = Decoding(
         model,
@@ -62,6 +64,7 @@ def generate(
         sampling,
         batch_size=batch_size,
         rule=rule,
+        threshold=threshold,
         logprobs=logprobs,
         depth=depth,
     )
@@ -109,18 +112,17 @@ class Decoding:
         *,
         batch_size: int = 8,
         rule: str = "match",
+        threshold: float | None = None,
         logprobs: bool = False,
         depth: DepthPolicy | None = None,
     ) -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule={rule!r} is unknown: allowed are {', '.join(RULES)}")
+        self.rule: Rule = make_rule(rule, sampling or Sampling(), threshold)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         for i, request in enumerate(requests):
             check_request(model, i, request)
         self.model, self.requests, rows = model, requests, min(batch_size, len(requests))
         self.drafter = drafter = drafter or NoDraft()
-        self.rule: Rule = RULES[rule](sampling or Sampling())
         self.completions = [Completion() for _ in requests]
         self.untold: dict[int, list[int]] = {}  # by request: what no iteration has yielded yet
         self.logprobs, self.depth = logprobs, depth
@@ -141,7 +143,9 @@ class Decoding:
         self.flat_text = text.flatten()  # a view: slots are written through it
         self.pending = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.place = Place([], [], 0)
-        self.state = State(text, [1] * rows, [0] * rows, None, self._draw, self._scores)
+        self.state = State(
+            *(text, [1] * rows, [0] * rows, None, self._draw, self._scores), branches=self._branches
+        )
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         busy = True
@@ -165,6 +169,9 @@ class Decoding:
 
     def _scores(self, logits: Tensor, ahead: int = 0) -> Tensor:
         return self.rule.scores(logits, self.place, ahead)
+
+    def _branches(self, logits: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+        return self.rule.branches(logits, self.place, ahead)
 
     def fill(self) -> bool:
         """Give free rows to waiting requests, or else take them out; False when none is left."""
@@ -251,7 +258,9 @@ class Decoding:
     def step(self) -> None:
         state, started = self.state, time.perf_counter()
         rows = range(len(self.owner))
-        k = min(self.drafter.depth, max(map(self._room, rows)) - 1)
+        k = self.drafter.depth
+        if not self.rule.lossy:  # else a row's last draft would depend on the room of others
+            k = min(k, max(map(self._room, rows)) - 1)
         if self.depth is not None:
             k = self.depth.choose(k)
         self.place = Place(list(state.seed), [n + 1 for n in state.length], 1 + k)

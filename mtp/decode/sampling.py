@@ -6,7 +6,8 @@ guess therefore stands iff it *is* the target's own token, and the text equals a
 token for token, sampled text too. `exact` is the token-level rejection of speculative sampling
 (Leviathan et al. 2023, theorem 1): same law, other text, and more acceptance when the draft's law
 is close but not equal. `block` judges a chain as a whole (Sun et al. 2024, algorithm 2): same law,
-and at least as many guesses stand as under `exact`.
+and at least as many guesses stand as under `exact`. `joint` is lossy: it accepts the longest
+beginning of a draft that the target finds nearly as probable as the drafter does (Qin et al. 2025).
 
 Letters: B rows, K guesses, V vocabulary.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,8 @@ class Sampling:
 class Match:
     """A guess stands iff it is the token that the target itself chooses under the same noise."""
 
+    lossy = False
+
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._kept: tuple[Place | None, Tensor | None] = None, None
@@ -125,6 +128,14 @@ class Match:
         if noise is not None:
             noise = noise[:, ahead : ahead + logits.shape[1]]
         return self.sampling.scores(logits, noise)
+
+    def branches(self, logits: Tensor, place: Place, ahead: int) -> tuple[Tensor, Tensor]:
+        """As likely as they are under the noise that is known: luck has no part in it."""
+        noise = self._noise(logits, place)
+        if noise is not None:
+            noise = noise[:, ahead : ahead + 1]
+        weight = self.sampling.scores(logits, noise).log_softmax(-1)
+        return weight, torch.zeros_like(weight[:, :1, :1])
 
     def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
         return Draft(self.scores(logits, place, ahead).argmax(-1))
@@ -162,19 +173,22 @@ class Rejection:
     after them, (weight p - q)+, gives the next token. Takes chains; the word is for messages.
     """
 
+    lossy = False
+
     def __init__(self, sampling: Sampling, word: str, judge: Judge) -> None:
         self.sampling, self.word, self.judge = sampling, word, judge
 
     def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
         raise self._for_chains()
 
+    def branches(self, logits: Tensor, place: Place, ahead: int) -> tuple[Tensor, Tensor]:
+        raise self._for_chains()
+
     def _for_chains(self) -> ValueError:
         return ValueError(f"rule={self.word} takes chains of guesses: trees need rule=match")
 
     def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
-        noise = self.sampling.noise(_of_step(place, ahead, logits.shape[1]), logits, GUESS)
-        tokens = self.sampling.scores(logits, noise).argmax(-1)
-        return Draft(tokens, self.sampling.probs(logits))
+        return _drawn(self.sampling, logits, place, ahead)
 
     def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
         if draft.parents is not None:
@@ -192,9 +206,97 @@ class Rejection:
         accepted = F.pad(stands[..., 0] * count, (1, 0)).amax(1)
         row = torch.arange(len(tokens), device=p.device)
         residual = (weight[row, accepted] * p[row, accepted] - q[row, accepted]).clamp(min=0)
-        first = [n + a for n, a in zip(place.first, accepted.tolist(), strict=True)]
-        u = uniform(Place(place.seed, first, 1), p.shape[-1], TARGET, p.device)[:, 0]
-        return Verdict(accepted, (residual.log() + gumbel(u)).argmax(-1))
+        return Verdict(accepted, _following(residual.log(), place, accepted))
+
+
+class Joint:
+    """The acceptance of multi-token assisted decoding (Qin et al. 2025), in its authors' code: the
+    longest beginning x of the draft with p(x) > threshold q(x) stands, also where a shorter one
+    fails; p and q are the products of the laws that sampling makes of the logits. Of a tree, the
+    deepest guess whose p exceeds threshold times the greatest q at its depth; of equals that of
+    most p. Then the target draws a token. Guesses that were not drawn have q = 1.
+    """
+
+    lossy = True
+
+    def __init__(self, sampling: Sampling, threshold: float = 0.5) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(
+                f"threshold={threshold} must lie in (0, 1]: drafts stand that are more probable "
+                f"under the target than that many times their probability under the drafter"
+            )
+        self.sampling, self.bar = sampling, math.log(threshold)
+
+    def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
+        raise ValueError("rule=joint takes chains and beams of guesses: trees need rule=match")
+
+    def branches(self, logits: Tensor, place: Place, ahead: int) -> tuple[Tensor, Tensor]:
+        """With luck of its own for each token of each beam, the beams that go on are drawn from
+        their weights / sum of weights, without replacement (Gumbel top-k): never one of them twice.
+        """
+        u = uniform(_of_step(place, ahead, 1), logits[0].numel(), GUESS, logits.device)
+        return self.sampling.probs(logits).log(), gumbel(u).view(logits.shape)
+
+    def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
+        return _drawn(self.sampling, logits, place, ahead)
+
+    def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
+        draft = _as_tree(draft)
+        law = self.sampling.probs(logits).log()
+        p, q = (_of_paths(x, draft.lineage) for x in (_target_logp(law, draft), _logq(draft)))
+        depth = draft.lineage.sum(-1) - 1
+        rivals = depth[:, :, None] == depth[:, None]
+        best_q = torch.where(rivals, q[:, None], -math.inf).amax(-1)
+        stands = (p - best_q > self.bar) | (depth == 0)  # nan, of what was not offered, fails
+        reached = torch.where(stands, depth, -1)
+        accepted = reached.amax(1)
+        node = torch.where(reached == accepted[:, None], p, -math.inf).argmax(1)
+        row = torch.arange(len(node), device=node.device)
+        following = _following(law[row, node], place, accepted)
+        return Verdict(accepted, following, draft.lineage[row, node])
+
+
+def _as_tree(draft: Draft) -> Draft:
+    """A chain is a tree in which each guess follows the one before."""
+    if draft.parents is not None:
+        return draft
+    parents = torch.arange(-1, draft.tokens.shape[1] - 1, device=draft.tokens.device)
+    return replace(draft, parents=parents.expand_as(draft.tokens))
+
+
+def _target_logp(law: Tensor, draft: Draft) -> Tensor:
+    """law (B, 1+K, V), logs -> log p of each guess after those it follows (B, K)."""
+    assert draft.parents is not None
+    row = torch.arange(len(law), device=law.device)[:, None]
+    logp = law[row, draft.parents + 1, draft.tokens.clamp(min=0)]
+    return logp.masked_fill(draft.tokens < 0, -math.inf)
+
+
+def _logq(draft: Draft) -> Tensor:
+    """log q likewise; 0 for what was not drawn."""
+    if draft.logq is not None:
+        return draft.logq
+    if draft.probs is None:
+        return torch.zeros_like(draft.tokens, dtype=torch.double)
+    return draft.probs.gather(-1, draft.tokens.clamp(min=0)[..., None])[..., 0].log()
+
+
+def _of_paths(each: Tensor, lineage: Tensor) -> Tensor:
+    """Logs of guesses (B, K) -> of the paths from the pending token to each column (B, 1+K)."""
+    return torch.where(lineage, F.pad(each, (1, 0))[:, None], 0.0).sum(-1)
+
+
+def _drawn(sampling: Sampling, logits: Tensor, place: Place, ahead: int) -> Draft:
+    """Guesses from the drafter's own law, with noise that the target does not share."""
+    noise = sampling.noise(_of_step(place, ahead, logits.shape[1]), logits, GUESS)
+    return Draft(sampling.scores(logits, noise).argmax(-1), sampling.probs(logits))
+
+
+def _following(weight: Tensor, place: Place, accepted: Tensor) -> Tensor:
+    """The token (B,) that the target draws after what stands, from log weights (B, V)."""
+    first = [n + a for n, a in zip(place.first, accepted.tolist(), strict=True)]
+    u = uniform(Place(place.seed, first, 1), weight.shape[-1], TARGET, weight.device)[:, 0]
+    return (weight + gumbel(u)).argmax(-1)
 
 
 def _of_step(place: Place, ahead: int, count: int) -> Place:
@@ -234,4 +336,16 @@ RULES: dict[str, Callable[[Sampling], Rule]] = {
     "match": Match,
     "exact": lambda sampling: Rejection(sampling, "exact", _token_by_token),
     "block": lambda sampling: Rejection(sampling, "block", _as_a_block),
+    "joint": Joint,
 }
+
+
+def make_rule(name: str, sampling: Sampling, threshold: float | None = None) -> Rule:
+    """A rule by its word; only "joint" takes a threshold, 0.5 where none is given."""
+    if name not in RULES:
+        raise ValueError(f"rule={name!r} is unknown: allowed are {', '.join(RULES)}")
+    if threshold is None:
+        return RULES[name](sampling)
+    if name != "joint":
+        raise ValueError(f"rule={name} takes no threshold=: only joint does")
+    return Joint(sampling, threshold)
