@@ -3,8 +3,9 @@
 `checkpoint` is a run, a checkpoint, or a Hugging Face folder of a causal LM or its name on the hub;
 `heads` may name a folder of scripts/attach.py beside it. With drafter=heads the model drafts for
 itself, with drafter=model another one (`draft`), with drafter=lookup the text itself; the text is
-the same, in fewer steps. Prompts come from `prompt` or, one per line, from the file `prompts`; the
-text of a single one is shown as it comes. `--cfg job` prints every key.
+the same, in fewer steps. With drafter=beam rule=joint it is another text, by the joint probability
+of blocks. Prompts come from `prompt` or, one per line, from the file `prompts`; the text of a
+single one is shown as it comes. `--cfg job` prints every key.
 
 With check=true it says instead whether the checkpoint's heads are sound, on the text that its run
 held out or on given prompts; exit status 1 if they are not.
@@ -47,13 +48,16 @@ class GenerateConfig:
     max_new_tokens: int = 256
     samples: int = 1  # per prompt, with seeds seed, seed + 1, ...
     seed: int = 0
-    drafter: str = "none"  # or heads, model, lookup, jacobi
-    draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model
+    drafter: str = "none"  # or heads, model, lookup, jacobi, beam
+    draft: str | None = None  # run or checkpoint of a model that drafts, for drafter=model or beam
     depth: Any = None  # most guesses per step; null: what the drafter likes; auto: as many as pay
     tree: int | None = None  # for drafter=heads: that many guesses per step, as a tree
     vocabulary: str | None = None  # for drafter=heads: scripts/draft_vocabulary.py wrote it
     pool: int | None = None  # for drafter=jacobi: that many branches per step
+    width: int | None = None  # for drafter=beam: that many paths of guesses
+    whole: bool | None = None  # for drafter=beam: the target reads all of them, not the best alone
     rule: str = "match"
+    threshold: float | None = None  # for rule=joint: the lower, the faster and the less faithful
     stop: list[str] = field(default_factory=list)  # strings that end a text, and are left out
     batch_size: int = 8
     precision: str = "float32"  # bfloat16; auto: the faster, and other text where tokens nearly tie
@@ -135,6 +139,8 @@ def _prepare(
             tree=config.tree,
             vocabulary=read_vocabulary(config.vocabulary),
             pool=config.pool,
+            width=config.width,
+            whole=config.whole,
             draft=_draft(config, found.tokenizer, precision),
         )
         loaded[precision] = model, drafter
@@ -145,6 +151,7 @@ def _prepare(
             sampling=config.sampling,
             batch_size=config.batch_size,
             rule=config.rule,
+            threshold=config.threshold,
         )
     probe = fastest(decoders, requests, threads)
     torch.set_num_threads(probe.chosen.threads)
@@ -171,6 +178,7 @@ def complete(config: GenerateConfig) -> None:
         config.sampling,
         batch_size=config.batch_size,
         rule=config.rule,
+        threshold=config.threshold,
         depth=mtp.AdaptiveDepth() if config.depth == "auto" else None,
     )
     if len(requests) == 1:
@@ -183,7 +191,9 @@ def complete(config: GenerateConfig) -> None:
     length = 1 + accepted / max(1, steps)
     print(
         f"{new} new tokens in {seconds:.2f} s, {new / seconds:,.0f} tokens/s, "
-        f"mean acceptance length {length:.2f}",
+        f"mean acceptance length {length:.2f}"
+        + f"; rule={config.rule} is lossy"
+        * decoding.rule.lossy,
         file=sys.stderr,
     )
 

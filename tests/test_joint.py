@@ -13,6 +13,7 @@ from conftest import tiny
 from mtp.decode.beam import Beams
 from mtp.decode.contract import Draft, Place, Request, stop_at
 from mtp.decode.drafters import BeamHeads, BeamModel, DraftModel, OwnHeads, make_drafter
+from mtp.decode.joint import Calibrated, block_law, calibrate, nll
 from mtp.decode.loop import generate
 from mtp.decode.sampling import Joint, Sampling, make_rule
 from mtp.testing import assert_law, law_of_texts, p_value
@@ -327,15 +328,134 @@ def test_the_exactness_test_fails_for_joint_decoding(drafter, device):
     }[drafter]()
     requests = [Request([1, 2, 3], 3, seed) for seed in range(1000)]
     got = joint(model, requests, drafter, batch_size=250)
-
-    @torch.no_grad()
-    def law_of(text):
-        return SAMPLED.probs(model(torch.tensor([text], device=device))[0, -1])
-
-    law = law_of_texts(law_of, [1, 2, 3], 3)
+    law = law_of_texts(token_law(model), [1, 2, 3], 3)
     with pytest.raises(AssertionError, match="do not follow the law"):
         assert_law(lambda seed: got[seed].tokens, law, 1000)
     assert make_rule("joint", SAMPLED).lossy and not make_rule("block", SAMPLED).lossy
+
+
+# The ideal, and how near it one may come.
+
+
+def token_law(model, sampling=SAMPLED):
+    @torch.no_grad()
+    def law(text):
+        device = model.embedding.weight.device
+        return sampling.probs(model(torch.tensor([text], device=device))[0, -1])
+
+    return law
+
+
+def few_words(device, **changed):
+    return tiny("linear", n_layers=2, gain=1.4, vocab_size=5, **changed).to(device)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_law_of_blocks_is_the_tempered_product_of_those_of_tokens(temperature, device):
+    model = few_words(device)
+    law = law_of_texts(token_law(model), [1, 2, 4], 3)
+    total = math.fsum(p ** (1 / temperature) for p in law.values())
+    got = block_law(model, [1, 2, 4], 3, temperature)
+    assert got == pytest.approx({x: p ** (1 / temperature) / total for x, p in law.items()})
+    best = max(law, key=law.__getitem__)
+    assert next(iter(got)) == best and block_law(model, [1, 2, 4], 3, 0) == {best: 1.0}
+
+
+def test_the_best_block_is_no_less_probable_than_the_greedy_one_and_sometimes_more(device):
+    """And a beam that is wide enough finds it, and a narrow one never a better one."""
+    model, more = few_words(device), 0
+    for text in itertools.product(range(5), repeat=2):
+        law = block_law(model, text, 3)
+        greedy = tuple(generate(model, [Request(text, 3)])[0].tokens)
+        (best,) = block_law(model, text, 3, 0)
+        (narrow,) = block_law(model, text, 3, 0, width=2)
+        assert law[greedy] <= law[best] + 1e-12 and law[narrow] <= law[best] + 1e-12
+        assert block_law(model, text, 3, 0, width=25) == {best: 1.0}
+        assert block_law(model, text, 3, 0, width=1) == {greedy: 1.0}
+        more += law[greedy] < law[best] - 1e-9
+    assert more
+
+
+def test_enumerations_that_are_too_large_are_refused(device):
+    with pytest.raises(ValueError, match=r"width=None enumerates 13 \*\* 6 blocks"):
+        block_law(target(device), [1], 6)
+    assert len(block_law(target(device), [1], 6, width=7)) == 7
+
+
+def accepted_gap(model, auxiliary, width, threshold):
+    """Mean of log p(best block) - log p(accepted block), per token, over many first steps."""
+    gaps = []
+    for text in itertools.product(range(5), repeat=2):
+        drafter = BeamModel(auxiliary, 3, width)
+        requests = [Request(text, 8, seed) for seed in range(4)]
+        for completion in joint(model, requests, drafter, threshold=threshold):
+            first, *rest = completion.tokens
+            size = completion.heads[1:].index(1)
+            if size:
+                law = block_law(model, [*text, first], size)
+                best, own = next(iter(law.values())), law[tuple(rest[:size])]
+                assert own <= best + 1e-12
+                gaps.append(math.log(best / own) / size)
+    return sum(gaps) / len(gaps)
+
+
+def test_wider_beams_come_nearer_to_the_best_block(device):
+    """Within what the threshold promises: a model that drafts for itself is always accepted."""
+    model = few_words(device)
+    gaps = [accepted_gap(model, model, width, 0.5) for width in (1, 2, 5)]
+    assert gaps[0] > gaps[1] > gaps[2] >= 0 and gaps[2] < gaps[0] / 2
+
+
+def texts_to_try(count, first):
+    return [Request([seed % 5, seed // 5 % 5], 16, seed) for seed in range(first, first + count)]
+
+
+def calibrated(model, budget, drafters, **more):
+    few, others = texts_to_try(40, 0), texts_to_try(40, 1000)
+    return calibrate(model, few, others, drafters, SAMPLED, budget, batch_size=20, **more)
+
+
+def test_calibration_takes_the_most_tokens_per_pass_within_the_budget_and_checks_it(device):
+    """A wide budget takes the lowest threshold; a narrow one a slower pair, or none."""
+    model = few_words(device)
+    drafters = [BeamModel(auxiliary(device, vocab_size=5, gain=0.5), 3, 1)]
+    ask = {"thresholds": (0.001, 0.9)}
+    wide, narrow = (calibrated(model, budget, drafters, **ask) for budget in (9.0, 0.55))
+    assert (wide.threshold, narrow.threshold) == (0.001, 0.9)
+    assert wide.found.pace > narrow.found.pace > 1 and wide.found.mean > narrow.found.mean
+    assert wide.kept and narrow.kept
+    with pytest.raises(ValueError, match="budget=-5: of 2 pairs none keeps to it for sure"):
+        calibrated(model, -5, drafters, **ask)
+
+
+def test_calibration_measures_what_it_says(device):
+    """Against texts that are decoded here, and with a loss of the user's own."""
+    model, drafter = few_words(device), BeamModel(auxiliary(device, vocab_size=5), 2, 3)
+
+    def zeros(request, completion):
+        assert completion.logprobs and completion.tokens
+        return completion.tokens.count(0) / len(completion.tokens)
+
+    for loss in (nll, zeros):
+        got = calibrated(model, 9.0, [drafter], thresholds=(0.4,), loss=loss)
+        for requests, rise in (
+            (texts_to_try(40, 0), got.found),
+            (texts_to_try(40, 1000), got.checked),
+        ):
+            plain = generate(model, requests, sampling=SAMPLED, logprobs=True)
+            other = joint(model, requests, drafter, threshold=0.4, logprobs=True)
+            means = [sum(map(loss, requests, texts)) / 40 for texts in (plain, other)]
+            assert rise.mean == pytest.approx(means[1] - means[0])
+            steps = sum(completion.steps for completion in other)
+            assert rise.pace == pytest.approx(1 + sum(sum(c.accepted) for c in other) / steps)
+            assert rise.error > 0
+    broken = Calibrated(drafter, 0.4, got.checked.mean - 1e-9, got.found, got.checked)
+    assert not broken.kept
+
+
+def test_a_calibration_needs_texts(device):
+    with pytest.raises(ValueError, match="needs two texts"):
+        calibrate(few_words(device), texts_to_try(1, 0), texts_to_try(9, 1), [], SAMPLED, 0.1)
 
 
 # Bad input.

@@ -48,7 +48,7 @@ EXACT = {
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}
 USERS = {  # of models, drafters, the loop, checkpoints
-    *("mtp.testing", "mtp.decode.health", "mtp.decode.probe"),
+    *("mtp.testing", "mtp.decode.health", "mtp.decode.joint", "mtp.decode.probe"),
     *("mtp.evaluate.samples", "mtp.interop.attach", "mtp.interop.huggingface"),
     *("mtp.interop.llama", "mtp.interop.meta", "mtp.interop.hub"),
     *("mtp.interop.states", "mtp.interop.draft_loss"),

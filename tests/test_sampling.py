@@ -167,10 +167,8 @@ def test_token_after_an_accepted_guess_follows_its_own_law_whatever_the_guess(ru
     draft, verdict = verdicts(RULES[rule](sampling), target, target[:1] * 0.5, device)
     stands = verdict.accepted == 1
     pairs = (draft.tokens[:, 0] * 4 + verdict.next)[stands].bincount(minlength=16).view(4, 4).cpu()
-    law, rows = (
-        sampling.probs(target[1]).cpu(),
-        pairs[pairs.sum(1) > 0],
-    )  # joint refuses some always
+    law = sampling.probs(target[1]).cpu()
+    rows = pairs[pairs.sum(1) > 0]  # joint refuses some guesses always
     assert len(rows) > 2 and all(p_value(row, law) > FALSE_ALARM for row in rows)
 
 

@@ -203,7 +203,7 @@ class Target(Protocol):
 
 class Drafter(Protocol):
     """Guesses the next tokens of every row. It keeps what it likes, but the text never depends on
-    it.
+    it, unless the rule is lossy.
     """
 
     depth: int  # most tokens that one step can accept

@@ -1,5 +1,5 @@
-"""Drafters: what proposes the next tokens. The text never depends on them, only the number of steps
-does.
+"""Drafters: what proposes the next tokens. Unless a rule is lossy the text never depends on them,
+only the number of steps does.
 
 A drafter owns every cache that the next token does not need, indexed by its own `seen`, and brings
 it up to date when it is asked: ragged rows, full acceptance and skipped steps need no case of their
