@@ -211,13 +211,28 @@ def test_stochastic_beams_are_drawn_without_replacement_from_their_weights(devic
     assert p_value(torch.tensor([came[x] for x in law]), torch.tensor([*law.values()])) > 1e-4
 
 
+def of_transformers(device):
+    transformers = pytest.importorskip("transformers")
+    from mtp.interop.huggingface import CausalLM
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=96, n_embd=8, n_layer=1, n_head=2
+    )
+    model = transformers.GPT2LMHeadModel(config).to(device, torch.double)
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0)
+    return CausalLM(model)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("sampling", [SAMPLED, CUT])
-def test_drafts_hold_the_auxiliary_models_own_law(sampling, whole, device):
+@pytest.mark.parametrize("make", [auxiliary, of_transformers])
+def test_drafts_hold_the_auxiliary_models_own_law(make, sampling, whole, device):
     """Against its plain forward over the whole text and each path: rows that are copied, refilled
     and moved, caches that grow as trees and are read over.
     """
-    model, seen = auxiliary(device), []
+    model, seen = make(device), []
 
     class Watched(BeamModel):
         def propose(self, state, k):
@@ -229,7 +244,8 @@ def test_drafts_hold_the_auxiliary_models_own_law(sampling, whole, device):
                 for node, token in enumerate(draft.tokens[b].tolist()):
                     *path, _ = path_to(above, node)
                     behind = torch.tensor([text + draft.tokens[b, path].tolist()], device=device)
-                    wanted = sampling.probs(model(behind)[0, -1])[token].log()
+                    with torch.no_grad():
+                        wanted = sampling.probs(model(behind)[0, -1])[token].log()
                     torch.testing.assert_close(draft.logq[b, node], wanted, rtol=0, atol=1e-9)
                     seen.append(len(path))
             return draft

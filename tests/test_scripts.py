@@ -122,7 +122,8 @@ def test_drafting_changes_the_steps_and_not_the_text(sampling, trained, command)
     plain = generated(command, trained, "prompt='def '", *sampling)
     assert plain.out.startswith("def ") and "mean acceptance length 1.00" in plain.err
     model = ["drafter=model", f"draft={trained[0]}"]
-    for drafter in (["drafter=heads"], model, [*model, "depth=1"], ["drafter=lookup"]):
+    beam = ["drafter=beam", "width=3", "whole=true"]
+    for drafter in (["drafter=heads"], model, [*model, "depth=1"], ["drafter=lookup"], beam):
         drafted = generated(command, trained, "prompt='def '", *drafter, *sampling)
         assert plain.out == drafted.out
         assert "mean acceptance length 1.00" not in drafted.err
@@ -385,7 +386,9 @@ def test_mistakes_end_in_one_line_that_names_them(script, words, say, command, t
         (["drafter=lookup", "draft={run}"], "drafter=lookup takes no draft="),
         (["max_new_tokens=9999"], "max_seq_len is 256"),
         (["drafter=heads", "tree=0"], "tree=0 must be at least 1"),
-        (["depth=3"], "drafter=none takes no depth=: only heads, model, lookup, jacobi may"),
+        (["depth=3"], "drafter=none takes no depth=: only heads, model, lookup, jacobi"),
+        (["threshold=0.5"], "rule=match takes no threshold=: only joint does"),
+        (["rule=joint", "threshold=2"], "threshold=2.0 must lie in (0, 1]"),
         (["stop=['']"], "stop strings ('',): give at least one, and none of them empty"),
         (["depth=some"], "depth='some': allowed are a number of guesses, null and auto"),
         (["depth=true"], "depth=True: allowed are a number of guesses, null and auto"),
