@@ -39,6 +39,7 @@ EXACT = {
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.decode.beam": {"mtp.decode.contract"},
+    "mtp.decode.lookup": {"mtp.decode.contract"},
     "mtp.decode.jacobi": {"mtp.decode.contract", "mtp.decode.sampling"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
     "mtp.evaluate.sql": {"mtp.evaluate.schemas"},

@@ -129,6 +129,12 @@ def test_drafting_changes_the_steps_and_not_the_text(sampling, trained, command)
         assert "mean acceptance length 1.00" not in drafted.err
 
 
+def test_a_lossy_rule_says_so(trained, command):
+    joint = generated(command, trained, "prompt=a", "drafter=beam", "rule=joint", "threshold=0.1")
+    assert joint.err.rstrip().endswith("rule=joint is lossy")
+    assert "lossy" not in generated(command, trained, "prompt=a", "drafter=heads").err
+
+
 def test_a_draft_of_another_tokenizer_is_refused(trained, command, tmp_path):
     """Its guesses would be silently worthless where the vocabularies are equally large."""
     pytest.importorskip("sentencepiece")

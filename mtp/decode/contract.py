@@ -241,6 +241,12 @@ class NoDraft:
         return Draft(state.text[:, :0])
 
 
+def check_guesses(**most: int | None) -> None:
+    for key, value in most.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value} must be at least 1; for no guesses use no drafter")
+
+
 class Verdict(NamedTuple):
     """accepted (B,): how many of the draft's tokens stand; next (B,): the target's own token after
     them. path (B, 1 + K): the columns that stand, of a tree; None: the first 1 + accepted ones.

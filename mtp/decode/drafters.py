@@ -17,8 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from mtp.decode.beam import Beams, best_tree
-from mtp.decode.contract import Draft, Drafter, Layout, NoDraft, State, chain, tree
+from mtp.decode.contract import (
+    Draft,
+    Drafter,
+    Layout,
+    NoDraft,
+    State,
+    chain,
+    check_guesses,
+    tree,
+)
 from mtp.decode.jacobi import Jacobi
+from mtp.decode.lookup import PromptLookup
 
 
 class Reader:
@@ -96,7 +106,7 @@ class OwnHeads:
         tree: int | None = None,
         vocabulary: Sequence[int] | Tensor | None = None,
     ) -> None:
-        _check_guesses(depth=depth, tree=tree)
+        check_guesses(depth=depth, tree=tree)
         self.wanted, self.tree = depth, tree
         self.vocabulary = None if vocabulary is None else _distinct(vocabulary)
         self.depth = self.nodes = 0
@@ -202,7 +212,7 @@ class DraftModel:
     needs_memo = False
 
     def __init__(self, model: Any, depth: int = 4) -> None:
-        _check_guesses(depth=depth)
+        check_guesses(depth=depth)
         self.model = model
         self.depth = self.nodes = self.grown = depth  # grown: how many guesses it makes itself
 
@@ -255,7 +265,7 @@ class BeamModel(DraftModel):
 
     def __init__(self, model: Any, depth: int = 4, width: int = 4, whole: bool = False) -> None:
         super().__init__(model, depth)
-        _check_guesses(width=width)
+        check_guesses(width=width)
         self.width, self.whole, self.grown = width, whole, depth * width
         self.nodes = self.grown if whole else depth
 
@@ -297,7 +307,7 @@ class BeamHeads(OwnHeads):
         vocabulary: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__(depth, vocabulary=vocabulary)
-        _check_guesses(width=width)
+        check_guesses(width=width)
         self.width, self.whole = width, whole
 
     def attach(self, model: Any) -> None:
@@ -320,63 +330,6 @@ class BeamHeads(OwnHeads):
         return beams.tree() if self.whole else beams.best()
 
 
-class PromptLookup:
-    """Guesses what followed the last few tokens of the text when they came before (Saxena 2023),
-    again and again where the text ends first. The longest match of at most `longest` and at least
-    `shortest` tokens counts; of equally long ones the most recent.
-    """
-
-    needs_memo = False
-
-    def __init__(self, depth: int = 10, longest: int = 3, shortest: int = 1) -> None:
-        _check_guesses(depth=depth)
-        if not 1 <= shortest <= longest:
-            raise ValueError(
-                f"shortest={shortest} must be at least 1 and at most longest={longest}"
-            )
-        self.depth = self.nodes = depth
-        self.sizes = range(longest, shortest - 1, -1)
-
-    def attach(self, model: Any) -> None: ...
-
-    def begin(self, rows: int, slots: int) -> None:
-        self.texts: list[list[int]] = [[] for _ in range(rows)]
-        self.after: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
-
-    def admit(self, state: State, row: int, source: int | None) -> None:
-        self.texts[row], self.after[row] = [], {}
-        self._extend(row, state.text[row, : state.length[row]].tolist())
-
-    def propose(self, state: State, k: int) -> Draft:
-        ends = [n + 1 for n in state.length]
-        known = [len(text) for text, _ in zip(self.texts, ends, strict=False)]
-        first = min(known)
-        news = state.text[:, first : max(ends)].tolist()
-        for row, end in enumerate(ends):
-            self._extend(row, news[row][known[row] - first : end - first])
-        guesses = [self._following(row, k) for row in range(len(ends))]
-        if not any(guesses):
-            return Draft(state.text[:, :0])  # a plain step costs less than k refusals
-        tokens = [guess or [-1] * k for guess in guesses]
-        return Draft(torch.tensor(tokens, device=state.text.device))
-
-    def _extend(self, row: int, new: list[int]) -> None:
-        """Runs of tokens are filed when something follows them: the last ones are not yet."""
-        text, after = self.texts[row], self.after[row]
-        for token in new:
-            for n in self.sizes:
-                after[tuple(text[-n:])] = len(text)
-            text.append(token)
-
-    def _following(self, row: int, k: int) -> list[int]:
-        text, after = self.texts[row], self.after[row]
-        for n in self.sizes:
-            if at := after.get(tuple(text[-n:])):
-                found = text[at : at + k]
-                return [found[i % len(found)] for i in range(k)]
-        return []
-
-
 def _line(drafts: Sequence[Draft]) -> Draft:
     """Guesses of one token each as one chain."""
     probs = [draft.probs for draft in drafts if draft.probs is not None]
@@ -389,12 +342,6 @@ def _at(x: Tensor, columns: Sequence[int]) -> Tensor:
     if len(columns) == 1 or x.shape[1] == 1:
         return x[:, columns[0]]
     return x[torch.arange(len(columns), device=x.device), torch.tensor(columns, device=x.device)]
-
-
-def _check_guesses(**most: int | None) -> None:
-    for key, value in most.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value} must be at least 1; for no guesses use no drafter")
 
 
 def _check_width(width: int, model: Any) -> None:
@@ -422,7 +369,7 @@ def _distinct(vocabulary: Sequence[int] | Tensor) -> Tensor:
 
 def _jacobi(depth: int = 15, pool: int = 0, first: str = "text") -> Jacobi:
     """A window holds the pending token and `depth` guesses."""
-    _check_guesses(depth=depth)
+    check_guesses(depth=depth)
     if first not in ("text", "heads"):
         raise ValueError(f"first={first!r} is unknown: allowed are text, heads")
     return Jacobi(depth + 1, pool, OwnHeads() if first == "heads" else None)
