@@ -104,8 +104,9 @@ def calibrate(
 ) -> Calibrated:
     """Of all drafters (of several widths and depths, say) and thresholds the pair with the most
     tokens per pass whose mean loss is at most `budget` above that of decoding without drafts, under
-    the same sampling. It is so with 95 % confidence, however many pairs are tried; `others` check
-    it. loss: of a text, whose completion has its logprobs; less is better.
+    the same sampling. It is so with 95 % confidence, however many pairs are tried, as far as means
+    of so many texts are normal; `others` check it. loss: of a text, whose completion has its
+    logprobs; less is better.
 
     ValueError: fewer than two texts, or no pair keeps to the budget.
     """
