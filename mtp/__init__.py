@@ -3,7 +3,8 @@
 from mtp.checkpoint import load, load_tokenizer, save
 from mtp.decode.contract import Completion, Request, cut_at, stop_at, stop_at_text
 from mtp.decode.depth import AdaptiveDepth
-from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup
+from mtp.decode.drafters import BeamHeads, BeamModel, DraftModel, OwnHeads, PromptLookup
+from mtp.decode.jacobi import Jacobi
 from mtp.decode.loop import Decoding, generate
 from mtp.decode.sampling import Sampling
 from mtp.loss import MultiTokenLoss, mtp_loss
@@ -13,9 +14,12 @@ from mtp.tokenizer import TextStream
 __version__ = "0.1.0"
 __all__ = [
     "AdaptiveDepth",
+    "BeamHeads",
+    "BeamModel",
     "Completion",
     "Decoding",
     "DraftModel",
+    "Jacobi",
     "ModelConfig",
     "MultiTokenLoss",
     "OwnHeads",
