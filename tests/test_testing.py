@@ -171,7 +171,9 @@ def test_the_law_of_texts_is_the_product_of_its_steps():
     }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [word for word, rule in RULES.items() if not rule(Sampling()).lossy]
+)
 def test_our_rules_keep_the_law(rule):
     assert assert_law(sampler(rule, drafter=OwnHeads()), small_law(), DRAWS) > 1e-4
 
