@@ -11,7 +11,7 @@ Plain decoding and each kind of heads, as many guesses per step as pay, take tur
 held-out packages and from `other`, a text of another kind: batch 1, greedy, in `precision`.
 `speedup` is over plain decoding, with quartiles over groups of prompts and rounds; what adapts
 starts anew with each group. A text may leave the plain one only where the trunk's two best logits,
-read anew, are nearer than NEAR: see `benchmarks.decode`. `acceptance_text` is teacher-forced: the
+read anew, are nearer than NEAR of `benchmarks.decode`. `acceptance_text` is teacher-forced: the
 guesses in a line that the trunk would choose itself, and one, on held-out rows as they were written
 and on the trunk's own greedy texts. Sequential heads read the row's tokens there, not their own
 guesses.
@@ -37,6 +37,7 @@ from torch import Tensor
 
 import mtp
 from benchmarks.decode import (
+    NEAR,
     PLAIN,
     Decoded,
     Prompts,
@@ -62,9 +63,6 @@ from mtp.train import PRECISIONS, TrainConfig, train
 
 TRAINED_ON, OTHER = "the kind trained on", "another kind"
 ALL = 2**40  # bytes: of states, no limit
-# In bfloat16 the logits of a 135M Llama lie 0.125 apart, and its two best move against each other
-# by up to 0.5 (756 positions) between passes of one token, of three and of the whole text.
-NEAR = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 @dataclass
