@@ -11,10 +11,11 @@ Plain decoding and each kind of heads, as many guesses per step as pay, take tur
 held-out packages and from `other`, a text of another kind: batch 1, greedy, in `precision`.
 `speedup` is over plain decoding, with quartiles over groups of prompts and rounds; what adapts
 starts anew with each group. A text may leave the plain one only where the trunk's two best logits,
-read anew, are nearer than NEAR of `benchmarks.decode`. `acceptance_text` is teacher-forced: the
-guesses in a line that the trunk would choose itself, and one, on held-out rows as they were written
-and on the trunk's own greedy texts. Sequential heads read the row's tokens there, not their own
-guesses.
+read anew, are at most `movement` apart: as far as the number of tokens in a pass, without heads or
+drafts, moves them against each other somewhere in the plain texts. In float32 every text has to be
+the plain one (`same_in_float32`). `acceptance_text` is teacher-forced: the guesses in a line that
+the trunk would choose itself, and one, on held-out rows as they were written and on the trunk's own
+greedy texts. Sequential heads read the row's tokens there, not their own guesses.
 
 The last line is one JSON object, of the kind that foresees most of the trunk's own text.
 """
@@ -36,18 +37,10 @@ import torch
 from torch import Tensor
 
 import mtp
-from benchmarks.decode import (
-    NEAR,
-    PLAIN,
-    Decoded,
-    Prompts,
-    decode_ours,
-    figures,
-    take_turns,
-)
+from benchmarks.decode import PLAIN, Decoded, Prompts, decode_ours, figures, take_turns
 from benchmarks.pictures import decode_panels
 from benchmarks.record import parse, record
-from benchmarks.texts import Judge, coverage, rows_of
+from benchmarks.texts import Judge, coverage, movement, rows_of
 from mtp.data import Corpus, frequent_tokens, iter_documents, load_corpus
 from mtp.decode.depth import AdaptiveDepth
 from mtp.documents import DataConfig, Document, Ids
@@ -197,15 +190,18 @@ def adaptive(model: AttachedHeads, ids: Tensor, prompts: Prompts, new: int) -> D
     return decode_ours(model, words, 1, prompts, new)  # type: ignore[arg-type]
 
 
+def prompts_of(rows: Prompts, config: AttachedConfig) -> Prompts:
+    some = (rows[i * len(rows) // config.prompts] for i in range(config.prompts))
+    return [row[: config.prompt_tokens] for row in some]
+
+
 def compare(
     trunk: Any, heads: dict[str, AttachedHeads], ids: Tensor, rows: Prompts, config: AttachedConfig
 ) -> dict[str, dict[str, Any]]:
     """Each contender's figures, and of heads what they foresee of these rows and of the texts that
     the trunk makes of their beginnings.
     """
-    size = config.prompts // config.groups
-    prompts = [rows[i * len(rows) // config.prompts] for i in range(config.prompts)]
-    prompts = [row[: config.prompt_tokens] for row in prompts]
+    size, prompts = config.prompts // config.groups, prompts_of(rows, config)
     groups = [prompts[i * size : (i + 1) * size] for i in range(config.groups)]
     contenders = {
         PLAIN: partial(decode_ours, trunk.packed(), {}, 1),
@@ -214,17 +210,31 @@ def compare(
     take_turns(contenders, [prompts[:1]], 16, 1)  # warms up
     turns = take_turns(contenders, groups, config.new_tokens, config.rounds)
     texts = {name: [t for d in turns.done[name] for t in d.texts] for name in contenders}
-    judge = Judge(trunk, prompts, NEAR[config.precision])
+    near = movement(trunk, prompts, texts[PLAIN][: len(prompts)], config.n)
+    judge = Judge(trunk, prompts, near)
     found = {
         name: figures(turns, name, 1) | judge(texts[name]) | {"ours": name != PLAIN}
         for name in contenders
     }
+    found[PLAIN]["movement"] = near
     own = [[*a, *b] for a, b in zip(prompts, texts[PLAIN], strict=False)]
     for kind, model in heads.items():
         shares = foreseen(model, rows, ids), foreseen(model, own, ids, config.prompt_tokens)
         found[kind]["acceptance_text"], found[kind]["acceptance_own_text"] = (
             1 + sum(share) for share in shares
         )
+    return found
+
+
+def same_in_float32(
+    trunk: Any, heads: dict[str, AttachedHeads], ids: Tensor, prompts: Prompts, new: int
+) -> dict[str, int]:
+    """How many texts of each kind are the plain ones, token for token. Leaves all in float32."""
+    plain = decode_ours(trunk.float().packed(), {}, 1, prompts, new).texts
+    found = {}
+    for kind, model in heads.items():
+        texts = adaptive(model.float().packed(), ids, prompts, new).texts  # type: ignore[arg-type]
+        found[kind] = sum(one == other for one, other in zip(plain, texts, strict=True))
     return found
 
 
@@ -267,6 +277,9 @@ def summary(values: dict[str, Any]) -> dict[str, Any]:
         "speedup_another": other[kind]["speedup"],
         "identical_or_near_ties": not any(found["other_texts"] for found in texts),
         "near_ties": sum(found["near_ties"] for found in texts),
+        "movement": max(found[PLAIN]["movement"] for found in (on, other)),
+        "same_in_float32": values["same_in_float32"][kind],
+        "prompts": values["prompts"],
         "training_minutes": values["training_seconds"] / 60,
     }
 
@@ -289,6 +302,9 @@ def run(config: AttachedConfig) -> dict[str, Any]:
     values["training_seconds"] = time.perf_counter() - began
     values["coverage"] = {text: coverage(some, ids, 1)[0] for text, some in rows.items()}
     values["decoded"] = {t: compare(trunk, heads, ids, some, config) for t, some in rows.items()}
+    prompts = [prompt for some in rows.values() for prompt in prompts_of(some, config)]
+    values["same_in_float32"] = same_in_float32(trunk, heads, ids, prompts, config.new_tokens)
+    values["prompts"] = len(prompts)
     values = summary(values) | values | {"load_before": round(load, 2)}
     path = record(config.name, values, config)
     panels = {f"text of {t}": found for t, found in values["decoded"].items()}

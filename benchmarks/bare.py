@@ -101,6 +101,19 @@ def bare_loop(
             return
 
 
+def logits_in_passes(model: Transformer, tokens: Tensor, begin: int, width: int) -> Tensor:
+    """Head 1's logits (T - begin, V) over tokens (1, T) from `begin` on: the beginning in one pass,
+    then `width` tokens in each. Call under inference_mode.
+    """
+    caches, end = empty_caches(model, len(model.trunk) + 1, 1, tokens.shape[1]), 0
+    found = []
+    for some in (tokens[:, :begin], *tokens[:, begin:].split(width, 1)):
+        columns = ragged(model, end, 1, some.shape[1])
+        found.append(model.logits(next_latent(model, some, caches, columns)[0])[0])
+        end += some.shape[1]
+    return torch.cat(found[1:])
+
+
 @torch.inference_mode()
 def plain_steps_against_bare(
     model: Transformer, prompt: Sequence[int], new: int

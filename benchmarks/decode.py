@@ -20,9 +20,9 @@ head 1 would choose itself. `verify_cost` is of bare forwards as wide as the con
 `efficiency` = speedup x verify_cost / acceptance length: 1 where nothing is lost beside the passes.
 
 A text that leaves the reference, our plain one at the first batch size, does so at a near-tie where
-the two best logits at the first difference, read anew, are nearer than NEAR. `sampled_apart` counts
-texts that batches of ours sample otherwise than plain decoding does one by one. The last line is
-one JSON object; heads stand there at full depth and at the first batch size.
+the two best logits at the first difference, read anew, are at most NEAR apart. `sampled_apart`
+counts texts that batches of ours sample otherwise than plain decoding does one by one. The last
+line is one JSON object; heads stand there at full depth and at the first batch size.
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@ Letters: T positions, N future tokens, V vocabulary; P positions in a row, K gue
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.bare import logits_in_passes
 from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft
 from mtp.documents import Document
@@ -34,7 +36,9 @@ def rows_of(
 
 
 class Judge:
-    """Keeps the first text of every prompt as the reference and says where others leave it."""
+    """Keeps the first text of every prompt as the reference and says where others leave it. near:
+    how far apart two logits may be that rounding puts in another order.
+    """
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], near: float) -> None:
         self.model, self.prompts, self.near = model, prompts, near
@@ -47,7 +51,7 @@ class Judge:
         self.reference += texts[len(self.reference) :]
         margins = [self._margin(i, text) for i, text in enumerate(texts)]
         apart = [margin for margin in margins if margin is not None]
-        ties = sum(margin < self.near for margin in apart)
+        ties = sum(margin <= self.near for margin in apart)
         same = len(texts) - len(apart)
         return {"same_texts": same, "near_ties": ties, "other_texts": len(apart) - ties}
 
@@ -63,6 +67,26 @@ class Judge:
         logits = self.model(known.to(self.model.embedding.weight.device))[0, -1]
         best, second = logits.float().topk(2).values.tolist()
         return best - second
+
+
+@torch.inference_mode()
+def movement(
+    model: Transformer, prompts: Sequence[Sequence[int]], texts: Sequence[list[int]], width: int
+) -> float:
+    """How far the number of tokens in a pass, by rounding alone, moves the two best logits after
+    any token of these texts against each other: the largest difference between passes over one
+    token, over `width`, and over all. No decoder takes part.
+    """
+    found = 0.0
+    packed, device = model.packed(), model.embedding.weight.device
+    for prompt, text in zip(prompts, texts, strict=True):
+        tokens, begin = torch.tensor([[*prompt, *text]], device=device), len(prompt)
+        one, some = (logits_in_passes(packed, tokens, begin, w).float() for w in (1, width))
+        best = one.topk(2).indices
+        read = [one, some, model(tokens)[0, begin:].float()]
+        margins = [logits.gather(-1, best).diff(dim=-1) for logits in read]
+        found = max(found, *((a - b).abs().max().item() for a, b in combinations(margins, 2)))
+    return found
 
 
 class OnText(NamedTuple):
