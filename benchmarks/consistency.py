@@ -4,18 +4,20 @@ in less time, and answers as well?
     python -m benchmarks.consistency base=runs/sql
     python -m benchmarks.consistency base=runs/sql quick=true
 
-`base` is a run of `experiment=sql` (`benchmarks.tasks` makes its data). All else is made from it
-(`benchmarks.consistency_models`): trajectories on its own training prompts; from these the
+`base` is a run of `experiment=sql` (`benchmarks.tasks` makes its data and scores answers). All else
+is made from it (`benchmarks.consistency_models`): trajectories on prompts of the task, of questions
+with up to `conditions` conditions, where the run learned from questions with two; from these the
 consistency model (after) and the control, which is trained on the same rows for as many steps at
 the same learning rate, by the autoregressive term alone; and a small draft model.
 
-Questions are of templates held out. All ways to decode take turns in one process, at batch 1, one
-thread on a CPU, texts to their end; `tokens_per_forward` counts passes after the prompt's, times
-hold the prompt, `speedup` is over the same model's autoregressive decoding with quartiles of
+Problems are held out, those of SQL by whole templates. All ways to decode take turns in one
+process, at batch 1, one thread on a CPU, texts to their end; `tokens_per_forward` counts passes
+after the prompt's, times hold the prompt, `speedup` is over the same model's autoregressive
+decoding with quartiles of
 ratios within a turn. `same_texts` counts texts equal to that model's autoregressive ones. Windows
 are swept for both models; `window_cost` is a bare forward over a window, over one token's
-(`benchmarks.bare`). Quality is the share of right answers by execution, greedy, with intervals of
-95 %: Wilson's of a share, a bootstrap's of the paired difference.
+(`benchmarks.bare`). Quality is the mean score, in SQL the share of answers that are right when
+executed, greedy, with bootstrap intervals of 95 %; the difference is paired.
 
 Beside the figures it writes a picture and a page of trajectories. The last line is JSON.
 """
@@ -43,16 +45,17 @@ from benchmarks.consistency_models import (
     BenchmarkConfig,
     Models,
     make_models,
+    problems_of,
 )
 from benchmarks.decode import PLAIN, Contender, Turns, decode_ours, figures, take_turns
 from benchmarks.pictures import consistency_panels
 from benchmarks.record import parse, record
-from benchmarks.sql_score import answer, verdicts
+from benchmarks.task_score import answer, scores
+from benchmarks.tasks import Problem
 from benchmarks.trajectory_page import trajectory_page
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup
 from mtp.decode.jacobi import Jacobi
-from mtp.evaluate import sql
-from mtp.evaluate.scores import compare, wilson
+from mtp.evaluate.scores import compare, interval
 from mtp.model import Transformer
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
@@ -172,18 +175,18 @@ def of_trajectories(found: Sequence[Trajectory], tokenizer: Tokenizer) -> dict[s
 
 def quality(
     models: Mapping[str, Transformer],
-    problems: Sequence[sql.Problem],
+    problems: Sequence[Problem],
     tokenizer: Tokenizer,
     new: int,
 ) -> dict[str, Any]:
     """Of every model, and what the consistency model differs by from the control."""
-    right = {
-        who: verdicts(problems, tokenizer, answer(model, tokenizer, problems, new_tokens=new))
+    each = {
+        who: scores(problems, tokenizer, answer(model, tokenizer, problems, new_tokens=new))
         for who, model in models.items()
     }
-    shares = {who: wilson(int(sum(x.values())), len(x))._asdict() for who, x in right.items()}
-    found = compare(right["control"], right["after"], level=0.95)
-    return shares | {"difference": found._asdict() | {"difference": found.difference._asdict()}}
+    means = {who: interval(list(x.values()), level=0.95)._asdict() for who, x in each.items()}
+    found = compare(each["control"], each["after"], level=0.95)
+    return means | {"difference": found._asdict() | {"difference": found.difference._asdict()}}
 
 
 # All of it.
@@ -234,7 +237,7 @@ def measured(
     runs = {"base": made.base, "control": made.control, "after": made.after}
     models = {who: mtp.load(where, device, dtype).packed() for who, where in runs.items()}
     draft, tokenizer = mtp.load(made.draft, device, dtype).packed(), mtp.load_tokenizer(made.base)
-    problems = list(islice(sql.problems(held_out=True), config.problems))
+    problems = list(islice(problems_of(config, held_out=True), config.problems))
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     few, end = prompts[: config.texts], tokenizer.end_id
     cached = int(statistics.mean(map(len, few)))

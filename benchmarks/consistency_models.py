@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,10 @@ import torch
 
 import mtp
 from benchmarks.subjects import subject
+from benchmarks.tasks import TASKS, Problem, check_task
 from mtp.checkpoint import find, load_config, write_text
 from mtp.consistency import ConsistencyConfig
-from mtp.data import prompt_of
-from mtp.documents import DataConfig, iter_documents
+from mtp.documents import DataConfig
 from mtp.model import ModelConfig
 from mtp.optim import OptimConfig
 from mtp.run import RunConfig, data_of, find_device, run
@@ -48,13 +48,16 @@ DRAFT = ModelConfig(dim=64, n_layers=2, n_heads=2, n_future_tokens=1, multiple_o
 
 @dataclass
 class BenchmarkConfig:
-    """base: a run whose data are prompts and completions. out: for what is collected and trained.
-    prompts: of its training part, to collect on. lr, ar_weight, steps, batch_size: of both longer
-    trainings. window: of Jacobi decoding where nothing else is said. problems: for quality. texts,
-    rounds: decoded in turns. quick: the direction in minutes, in files of its own.
+    """base: a run of `task`, a key of `benchmarks.tasks`. out: for what is collected and trained.
+    prompts: to collect on. conditions: the most in a question in SQL. lr, ar_weight, steps,
+    batch_size: of both longer trainings. window: of Jacobi decoding where nothing else is said.
+    problems: for quality. texts, rounds: decoded in turns. quick: the direction in minutes, in
+    files of its own.
     """
 
     base: str = "runs/sql"
+    task: str = "sql"
+    conditions: int = 4
     out: str = "runs/consistency_benchmark"
     prompts: int = 6000
     steps: int = 1600
@@ -74,6 +77,7 @@ class BenchmarkConfig:
     name: str = "consistency"
 
     def __post_init__(self) -> None:
+        check_task(self.task)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
         if self.quick:  # beside the whole, not in its place
@@ -106,14 +110,17 @@ def make_models(config: BenchmarkConfig) -> Models:
     return Models(config.base, **made, costs=costs)
 
 
+def problems_of(config: BenchmarkConfig, held_out: bool) -> Iterator[Problem]:
+    return TASKS[config.task](held_out, conditions=config.conditions)
+
+
 def collect(config: BenchmarkConfig) -> Report:
-    """Greedy trajectories on the base run's own training prompts."""
+    """Greedy trajectories on the task's training prompts."""
     base, device = subject(config.base), find_device(config.device)
-    documents = islice(iter_documents(data_of(config.base), held_out=False), config.prompts)
     stop = mtp.stop_at(*base.ends)
     requests = [
-        mtp.Request(prompt_of(document, base.tokenizer), config.new_tokens, seed, stop)
-        for seed, document in enumerate(documents)
+        mtp.Request(base.tokenizer.encode(problem.prompt), config.new_tokens, seed, stop)
+        for seed, problem in enumerate(islice(problems_of(config, False), config.prompts))
     ]
     prompts = json.dumps([request.prompt for request in requests])
     settings = {

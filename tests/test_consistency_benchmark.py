@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,9 @@ from benchmarks import consistency, consistency_models
 from benchmarks.consistency import BenchmarkConfig
 from benchmarks.consistency_models import consistency_run, texts_of, trained
 from benchmarks.decode import PLAIN
-from benchmarks.tasks import Pair, write
+from benchmarks.tasks import questions, write
 from benchmarks.trajectory_page import trajectory_page
 from mtp.data import DataConfig
-from mtp.evaluate import sql
 from mtp.model import ModelConfig
 from mtp.run import RunConfig, run
 from mtp.tokenizer import ByteTokenizer
@@ -35,9 +35,7 @@ KEYS = {
 def toy(tmp_path_factory):
     """A base run, and what the benchmark is asked to make of it."""
     folder = tmp_path_factory.mktemp("toy")
-    found = sql.problems()
-    pairs = [Pair(p.prompt, p.query) for p, _ in zip(found, range(8), strict=False)]
-    write(folder / "train.jsonl", pairs)
+    write(folder / "train.jsonl", islice(questions(held_out=False), 8))
     data = DataConfig("jsonl", str(folder / "train.jsonl"), seq_len=64, val_fraction=0.3)
     model = replace(MODEL, max_seq_len=1024)
     settings = TrainConfig(steps=1, batch_size=1, eval_batches=1)

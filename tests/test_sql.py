@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import mtp
-from benchmarks.sql_score import answer, verdicts
-from benchmarks.tasks import TASKS, TaskConfig, functions, write
+from benchmarks.task_score import answer, scores
+from benchmarks.tasks import TASKS, TaskConfig, docstrings, functions, questions, write
 from mtp.data import encode_document
 from mtp.documents import DataConfig, iter_documents
 from mtp.evaluate import schemas, sql
@@ -158,7 +158,7 @@ def test_conditions_below_one_are_refused():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_files_are_read_as_prompts_that_are_no_targets(task, tmp_path):
-    pairs = list(islice(TASKS[task](TaskConfig(task, out=str(tmp_path / "new")), False), 20))
+    pairs = list(islice(TASKS[task](False), 20))
     assert write(tmp_path / "some.jsonl", pairs) == 20
     config = DataConfig("jsonl", str(tmp_path / "some.jsonl"), val_fraction=0.0)
     tokenizer = mtp.tokenizer.ByteTokenizer()
@@ -188,11 +188,10 @@ def bare():
 
 
 def test_functions_of_the_standard_library_are_whole_and_of_one_side():
-    config = TaskConfig("docstrings", out="new")
-    train, held_out = ({*TASKS["docstrings"](config, part)} for part in (False, True))
+    train, held_out = ({problem[:2] for problem in docstrings(part)} for part in (False, True))
     assert not train & held_out and len(train) > 5 * len(held_out) > 500
-    for pair in held_out:
-        (function,) = ast.parse(pair.prompt + pair.completion).body
+    for prompt, completion in held_out:
+        (function,) = ast.parse(prompt + completion).body
         assert ast.get_docstring(function) and len(function.body) > 1
 
 
@@ -203,11 +202,18 @@ def test_an_unknown_task_and_a_folder_that_exists_are_refused(tmp_path):
         TaskConfig(out=str(tmp_path))
 
 
-def test_verdicts_are_of_the_text_before_the_end_token(held_out):
-    tokenizer, problems = mtp.tokenizer.ByteTokenizer(), held_out[:4]
-    texts = [problems[0].query, problems[1].query, "SELECT 1", problems[3].query[:-4]]
+@pytest.mark.parametrize("task", TASKS)
+def test_a_problems_own_completion_scores_one_and_another_less(task):
+    one, other = islice(TASKS[task](True), 2)
+    assert one.score(one.completion) == 1 > one.score(other.completion)
+
+
+def test_scores_are_of_the_text_before_the_end_token():
+    tokenizer, problems = mtp.tokenizer.ByteTokenizer(), list(islice(questions(True), 4))
+    first, second, _, last = (problem.completion for problem in problems)
+    texts = [first, second, "SELECT 1", last[:-4]]
     done = [mtp.Completion([*tokenizer.encode(text), tokenizer.end_id]) for text in texts]
-    assert list(verdicts(problems, tokenizer, done).values()) == [1, 1, 0, 0]
+    assert list(scores(problems, tokenizer, done).values()) == [1, 1, 0, 0]
 
 
 def test_answers_stop_at_the_end_token_or_the_limit(held_out):

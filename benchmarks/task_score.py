@@ -1,11 +1,11 @@
-"""How many held-out questions a model answers with a right query, and how two models differ.
+"""How well a model answers a task's held-out problems (`benchmarks.tasks`), and how two differ.
 
-    python -m benchmarks.sql_score model=runs/sql problems=1500
-    python -m benchmarks.sql_score model=runs/other baseline=runs/sql
+    python -m benchmarks.task_score model=runs/sql problems=1500
+    python -m benchmarks.task_score model=runs/other baseline=runs/sql
 
-Decoding is greedy; answers are executed (`mtp.evaluate.sql`). Training has up to two conditions on
-a table's rows, questions here up to four: with two, a model that has learned to copy answers nearly
-all. The last line is one JSON object.
+Decoding is greedy. Training has up to two conditions on a table's rows, questions here up to four:
+with two, a model that has learned to copy answers nearly all. The last line is one JSON object,
+intervals are of 95 %.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 import mtp
 from benchmarks.record import parse
-from mtp.evaluate import sql
-from mtp.evaluate.scores import compare, wilson
+from benchmarks.tasks import TASKS, Problem, check_task
+from mtp.evaluate.scores import compare, interval
 from mtp.tokenizer import Tokenizer
 
 
@@ -30,16 +30,20 @@ from mtp.tokenizer import Tokenizer
 class ScoreConfig:
     model: str = "runs/sql"
     baseline: str | None = None
+    task: str = "sql"
     problems: int = 1500
     seed: int = 0
     conditions: int = 4
     batch_size: int = 32
 
+    def __post_init__(self) -> None:
+        check_task(self.task)
+
 
 def answer(
     model: Any,
     tokenizer: Tokenizer,
-    problems: Sequence[sql.Problem],
+    problems: Sequence[Problem],
     drafter: Any = None,
     batch_size: int = 32,
     new_tokens: int = 192,
@@ -51,32 +55,32 @@ def answer(
     return mtp.generate(model, requests, drafter, greedy, batch_size=batch_size)
 
 
-def verdicts(
-    problems: Sequence[sql.Problem], tokenizer: Tokenizer, completions: Sequence[mtp.Completion]
+def scores(
+    problems: Sequence[Problem], tokenizer: Tokenizer, completions: Sequence[mtp.Completion]
 ) -> dict[str, float]:
-    """By prompt, 1 where the answer is right, else 0: what `compare` takes."""
+    """By prompt, what `compare` takes."""
     pairs = zip(problems, completions, strict=True)
-    return {p.prompt: float(sql.is_right(p, tokenizer.decode(c.tokens))) for p, c in pairs}
+    return {p.prompt: float(p.score(tokenizer.decode(c.tokens))) for p, c in pairs}
 
 
 def score(where: str, config: ScoreConfig) -> tuple[dict[str, float], dict[str, Any]]:
     model, tokenizer = mtp.load(where).packed(), mtp.load_tokenizer(where)
-    found = sql.problems(config.seed, held_out=True, conditions=config.conditions)
+    found = TASKS[config.task](True, config.seed, config.conditions)
     problems = list(islice(found, config.problems))
     completions = answer(model, tokenizer, problems, batch_size=config.batch_size)
-    right = verdicts(problems, tokenizer, completions)
-    accuracy = wilson(int(sum(right.values())), len(right))
+    each = scores(problems, tokenizer, completions)
+    mean = interval(list(each.values()), level=0.95)
     tokens = sum(len(c.tokens) for c in completions) / len(completions)
-    return right, {"accuracy": accuracy._asdict(), "mean_tokens": round(tokens, 2)}
+    return each, {"score": mean._asdict(), "mean_tokens": round(tokens, 2)}
 
 
 def main() -> None:
     config = parse(ScoreConfig, sys.argv[1:])
-    right, line = score(config.model, config)
-    line = {"problems": len(right), **line}
+    each, line = score(config.model, config)
+    line = {"problems": len(each), **line}
     if config.baseline:
         before, line["baseline"] = score(config.baseline, config)
-        line["difference"] = compare(before, right, level=0.95).difference._asdict()
+        line["difference"] = compare(before, each, level=0.95).difference._asdict()
     print(json.dumps(line))
 
 
