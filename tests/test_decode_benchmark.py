@@ -12,6 +12,7 @@ import benchmarks.decode
 import benchmarks.draft_vocabulary
 import benchmarks.texts
 import mtp
+from benchmarks.bare import logits_in_passes
 from benchmarks.decode import (
     BARE,
     PLAIN,
@@ -29,7 +30,7 @@ from benchmarks.decode import (
     take_turns,
 )
 from benchmarks.peers import Peer, checked, llama_weights
-from benchmarks.texts import Judge, on_text, path_length, rows_of
+from benchmarks.texts import Judge, movement, on_text, path_length, rows_of
 from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft, Request
 from mtp.decode.drafters import OwnHeads
@@ -186,6 +187,21 @@ def test_texts_are_judged_by_the_model_where_they_part():
     judge = Judge(ours, prompts, best - second + 1e-4)
     judge(texts)
     assert judge(other)["near_ties"] == 1
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_passes_of_any_width_say_what_one_pass_over_all_says(width):
+    model, tokens = tiny(), torch.randint(0, 13, (1, 17))
+    with torch.inference_mode():
+        found = logits_in_passes(model, tokens, 5, width)
+        torch.testing.assert_close(found, model(tokens)[0, 5:], rtol=0, atol=1e-12)
+
+
+def test_rounding_alone_moves_logits_by_what_a_type_allows():
+    model, prompts = tiny(), [[1, 2, 3], [4, 5, 6]]
+    texts = [[i % 13 for i in range(30)], [i * i % 13 for i in range(30)]]
+    exact = movement(model.double(), prompts, texts, 3)
+    assert exact < 1e-9 < 1e-4 < movement(model.bfloat16(), prompts, texts, 3) < 1
 
 
 def test_rows_come_from_all_documents_and_cross_none():

@@ -1,0 +1,210 @@
+"""The results book: each claim with its published number, ours, and a verdict, from records alone.
+
+    python -m benchmarks.book
+
+It writes benchmarks/results/README.md. A verdict is of the claim's direction at the size measured
+here, by a rule that stands beside it; published numbers are the papers' own, of models up to a
+thousand times larger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import ROOT
+from mtp.checkpoint import write_text
+
+RESULTS = ROOT / "benchmarks" / "results"
+HOLDS, FAILS, WAITS = "holds", "does not hold at this size", "not measured yet"
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """record: the name of a file in benchmarks/results. holds: of its values; None: they settle
+    nothing, for `reason`.
+    """
+
+    paper: str
+    text: str
+    published: str
+    command: str
+    record: str
+    ours: Callable[[Values], str]
+    holds: Callable[[Values], bool] | None
+    reason: str = ""
+
+    def verdict(self, entry: Mapping[str, Any] | None) -> str:
+        if entry is None:
+            return WAITS
+        if self.holds is None:
+            return f"not testable here: {self.reason}"
+        return HOLDS if self.holds(entry["values"]) else FAILS
+
+
+# What the records say.
+
+
+def percent(share: Mapping[str, Any], level: int = 95) -> str:
+    return (
+        f"{100 * share['mean']:.1f} % ({level} % interval {100 * share['low']:.1f} to "
+        f"{100 * share['high']:.1f})"
+    )
+
+
+def of_micro(v: Values) -> str:
+    best = {row["label"]: row for row in v["best"] if row["k"] == 1}
+    one, four = best["code1"], best["code4"]
+    return f"micro-programs, pass@1: n = 1 {percent(one, 90)}, n = 4 {percent(four, 90)}"
+
+
+def of_attached(v: Values) -> str:
+    low, high = v["decoded"]["the kind trained on"][v["kind"]]["speedup_iqr"]
+    return (
+        f"SmolLM2-135M, {v['training_minutes']:.0f} minutes in all: {v['kind']} heads "
+        f"{v['speedup']:.2f} times on the kind trained on (quartiles {low:.2f}, {high:.2f}), "
+        f"{v['speedup_another']:.2f} on another"
+    )
+
+
+def of_consistency(v: Values) -> str:
+    low, high = (100 * x for x in v["quality_difference_interval"])
+    return (
+        f"text to SQL: {v['jacobi_after_tokens_per_forward']:.2f} tokens per forward, control "
+        f"{v['jacobi_control_tokens_per_forward']:.2f}; {v['speedup']:.2f} times faster; "
+        f"quality less the control's {low:+.1f} to {high:+.1f} points"
+    )
+
+
+MTP = "Multi-token prediction (Gloeckle et al. 2024, arXiv 2404.19737)"
+CLLM = "Consistency models (Kou et al. 2024, arXiv 2403.00835)"
+OTHERS = "Heads for finished models"
+
+CLAIMS = (
+    Claim(
+        MTP,
+        "Heads that run one after another cost no memory",
+        "O(V + d) in place of O(nV + d) (section 2)",
+        "python -m benchmarks.train_memory",
+        "train_memory",
+        lambda v: (
+            f"peak above parameters and gradients over n = 1: {v['peak_n4_over_n1']:.2f} at n = 4 "
+            f"and {v['peak_n8_over_n1']:.2f} at n = 8 with equal parameters, "
+            f"{v['peak_n8_over_n1_whole_trunk']:.2f} at n = 8 beside a whole trunk"
+        ),
+        lambda v: max(v["peak_n4_over_n1"], v["peak_n8_over_n1"]) <= 1,
+    ),
+    Claim(
+        MTP,
+        "... and no time",
+        "none (section 2)",
+        "python -m benchmarks.train_speed",
+        "train_speed",
+        lambda v: (
+            f"time at n = 4 over n = 1, over the ratio of their operations: {v['overhead']:.2f} "
+            f"with 32768 tokens, {v['overhead_small_vocab']:.2f} with 256"
+        ),
+        lambda v: max(v["overhead"], v["overhead_small_vocab"]) <= 1.05,
+    ),
+    Claim(
+        MTP,
+        "A model drafts for itself and decodes faster, the same text",
+        "code, 7B, n = 4: 3.05 times, 3.50 tokens per forward (table S2)",
+        "make demo",
+        "demo",
+        lambda v: (
+            f"{v['speedup']:.2f} times at {v['mean_acceptance_length']:.2f} tokens per forward, "
+            f"2.3M parameters; teacher-forced {v['acceptance_length_text']:.2f}"
+        ),
+        lambda v: v["identical"] and v["speedup"] > 1,
+    ),
+    Claim(
+        MTP,
+        "Models of bytes gain more",
+        "7B, n = 8: 6.39 times, 7.04 bytes per forward (table S3)",
+        "python -m benchmarks.decode model=runs/bytes8",
+        "decode",
+        lambda v: (
+            f"{v['heads_speedup']:.2f} times at {v['acceptance_length']:.2f} bytes per forward, "
+            f"21M parameters; teacher-forced {v['acceptance_length_text']:.2f}"
+        ),
+        lambda v: v["identical"] and v["heads_speedup"] > 1,
+    ),
+    Claim(
+        MTP,
+        "The speedup is the same for all batch sizes",
+        "up to 42 texts, a plot (figure S10)",
+        "python -m benchmarks.decode model=runs/bytes8",
+        "decode",
+        lambda v: "; ".join(
+            f"batch {rows}: {speedup:.2f} times" for rows, speedup in v["speedup_by_batch"].items()
+        ),
+        lambda v: min(v["speedup_by_batch"].values()) > 0.9 * max(v["speedup_by_batch"].values()),
+    ),
+    Claim(
+        MTP,
+        "Large models solve more problems of code, small ones fewer",
+        "HumanEval pass@1, n = 1 and 4: 14.1 and 15.8 % at 13B, 1.9 and 1.2 % at 0.3B (table S7)",
+        "python -m benchmarks.code models='[runs/code1,runs/code4]' exact=true",
+        "code_micro",
+        of_micro,
+        None,
+        "our models solve no problem of HumanEval; programs they can solve are another measure",
+    ),
+    Claim(
+        OTHERS,
+        "Heads that are attached to a finished model and trained for minutes make it faster",
+        "no number of comparable size",
+        "python -m benchmarks.attached trunk=FOLDER other=FILE",
+        "attached",
+        of_attached,
+        lambda v: v["speedup"] > 1 and v["identical_or_near_ties"],
+    ),
+    Claim(
+        CLLM,
+        "A model learns to jump along its own Jacobi trajectories and answers as well",
+        "2.4 to 3.4 times faster, 7B (abstract)",
+        "python -m benchmarks.consistency base=runs/sql",
+        "consistency",
+        of_consistency,
+        lambda v: v["speedup"] > 1 and v["quality_difference_interval"][0] > -0.02,
+    ),
+)
+
+# The page.
+
+
+def book(folder: Path) -> Iterator[str]:
+    yield "# Results\n"
+    yield "Made by `python -m benchmarks.book` from the records in this folder: do not edit.\n"
+    for paper, claims in groupby(CLAIMS, key=lambda claim: claim.paper):
+        yield f"\n## {paper}\n\n"
+        yield "| claim | published | here | verdict | command | record |\n"
+        yield "|---|---|---|---|---|---|\n"
+        for claim in claims:
+            yield row(claim, folder)
+
+
+def row(claim: Claim, folder: Path) -> str:
+    entry = read(folder / f"{claim.record}.json")
+    ours, kept = "", ""
+    if entry is not None:
+        ours = claim.ours(entry["values"])
+        name = f"{claim.record}.json"
+        kept = f"[{name}]({name}), {entry['hardware']}, {entry['date']}, {entry['commit']}"
+    cells = (claim.text, claim.published, ours, claim.verdict(entry), f"`{claim.command}`", kept)
+    return f"| {' | '.join(cells)} |\n"
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    write_text(RESULTS / "README.md", "".join(book(RESULTS)))
+    print(RESULTS / "README.md")
