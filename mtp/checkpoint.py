@@ -18,6 +18,7 @@ for its newest.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ FORMAT_VERSION = 1
 _CONFIG, _TRAINING = "config.json", "training.json"
 PYTORCH = {"format": "pt"}  # metadata that transformers looks for in weights
 _MODEL, _OPTIMIZER = "model", "optimizer"  # .safetensors, or .shards/
+_NOT_THE_MODEL = ("optimizer", "training")  # files and folders that say nothing of what it writes
 
 
 @dataclass
@@ -236,6 +238,18 @@ def of_run(run_dir: Path) -> list[Path]:
     folders = (run_dir / "checkpoints").glob("step-*")
     numbered = (path for path in folders if path.name[5:].isdecimal())
     return sorted(numbered, key=lambda path: int(path.name[5:]))
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a model from others by its folder, ours or Hugging Face's: a hash of its files,
+    their names too, without those of training alone.
+    """
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if not any(x.startswith(_NOT_THE_MODEL) for x in path.relative_to(folder).parts):
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
 
 
 class Damaged(ValueError):

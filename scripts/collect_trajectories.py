@@ -3,10 +3,11 @@
 python scripts/collect_trajectories.py checkpoint=runs/demo out=runs/trajectories \\
     data.source=jsonl data.path=questions.jsonl
 
-`checkpoint` is a run, a checkpoint or a Hugging Face folder. Prompts are records with messages, a
-prompt and a completion (which is not looked at), or `data.text_key`; lines of a file with
-data.source=lines; or the first `prompt_tokens` tokens of each document of a corpus. A command that
-was stopped goes on where it was when it is given again. `--cfg job` prints every key.
+`checkpoint` is a run, a checkpoint, or a Hugging Face folder of a causal LM or its name on the hub;
+training on them starts from the very same one, so convert a folder first. Prompts are records with
+messages, a prompt and a completion (which is not looked at), or `data.text_key`; lines of a file
+with data.source=lines; or the first `prompt_tokens` tokens of each document of a corpus. A command
+that was stopped goes on where it was when it is given again. `--cfg job` prints every key.
 """
 
 import hashlib
@@ -22,9 +23,10 @@ from typing import Any
 from omegaconf import MISSING
 
 import mtp
-from benchmarks.subjects import Subject, subject
+from mtp.checkpoint import fingerprint
 from mtp.data import prompt_of
 from mtp.documents import DataConfig, iter_documents
+from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
@@ -71,16 +73,17 @@ def _prompts(config: CollectConfig, tokenizer: Tokenizer) -> list[list[int]]:
     return [prompt_of(d, tokenizer, config.prompt_tokens) for d in documents]
 
 
-def _origin(config: CollectConfig, model: Subject, prompts: list[list[int]]) -> Origin:
+def _origin(config: CollectConfig, found: FoundModel, prompts: list[list[int]]) -> Origin:
     settings: dict[str, Any] = {
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-        "ends": list(model.ends),
+        "ends": list(found.ends),
         **{key: getattr(config, key) for key in ("max_new_tokens", "seed", "shard_size")},
         "precision": config.precision,
         "sampling": asdict(config.sampling),
         "filters": asdict(config.filters),
     }
-    return Origin(model.tokenizer.fingerprint, model.hash, config.window, settings)
+    model = fingerprint(found.folder)
+    return Origin(found.tokenizer.fingerprint, model, config.window, settings)
 
 
 def _progress(every: float = 2.0) -> Callable[[int, int], None]:
@@ -99,7 +102,7 @@ def _progress(every: float = 2.0) -> Callable[[int, int], None]:
 
 
 def collect(config: CollectConfig) -> None:
-    found = subject(config.checkpoint)
+    found = find_model(config.checkpoint, special=False)  # as documents are read
     prompts, stop = _prompts(config, found.tokenizer), mtp.stop_at(*found.ends)
     report = collect_shards(
         Path(config.out),

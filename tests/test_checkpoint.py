@@ -12,7 +12,15 @@ from conftest import KINDS, tiny
 from safetensors.torch import load_file, save_file
 
 from mtp import checkpoint
-from mtp.checkpoint import TrainingState, find, load, load_tokenizer, load_training, save
+from mtp.checkpoint import (
+    TrainingState,
+    find,
+    fingerprint,
+    load,
+    load_tokenizer,
+    load_training,
+    save,
+)
 from mtp.tokenizer import ByteTokenizer
 
 PROGRESS = {"step": 7, "seconds": 0.1, "data": {"row": 3, "corpus": "x", "shuffle": True}}
@@ -34,6 +42,20 @@ def training():
 def saved(tmp_path):
     """A checkpoint of a model with everything in it."""
     return save(tiny(), tmp_path / "saved", ByteTokenizer(), training(), {"note": [1, "two"]})
+
+
+def test_the_fingerprint_is_of_what_a_model_writes_and_of_nothing_else(saved, tmp_path):
+    was = fingerprint(saved)
+    assert fingerprint(shutil.copytree(saved, tmp_path / "training-done")) == was
+    for name in ("training.json", "optimizer.safetensors"):
+        (saved / name).unlink()
+    assert fingerprint(saved) == was
+    others = []
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        other = shutil.copytree(saved, tmp_path / f"other-{name}")
+        (other / name).write_bytes((other / name).read_bytes() + b" ")
+        others.append(fingerprint(other))
+    assert len({was, *others}) == 4
 
 
 # What is saved comes back.
