@@ -53,6 +53,8 @@ from benchmarks.record import parse, record
 from benchmarks.task_score import answer, scores
 from benchmarks.tasks import Problem
 from benchmarks.trajectory_page import trajectory_page
+from mtp.consistency.measures import collocations, measure
+from mtp.consistency.trajectories import Collection, Trajectory
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup
 from mtp.decode.jacobi import Jacobi
 from mtp.evaluate.scores import compare, interval
@@ -60,8 +62,6 @@ from mtp.model import Transformer
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
-from mtp.trajectories import Collection, Trajectory
-from mtp.trajectory_measures import collocations, measure
 
 WINDOWS = (4, 8, 16, 32, 64)
 MEASURED = 64  # responses whose trajectories are measured

@@ -22,15 +22,15 @@ from benchmarks.subjects import subject
 from benchmarks.tasks import TASKS, Problem, check_task
 from mtp.checkpoint import find, load_config, write_text
 from mtp.consistency import ConsistencyConfig
+from mtp.consistency.files import Origin, Report, collect_shards, read_trajectories
+from mtp.consistency.filters import FilterConfig
+from mtp.consistency.trajectories import Trajectory
 from mtp.documents import DataConfig
 from mtp.model import ModelConfig
 from mtp.optim import OptimConfig
 from mtp.run import RunConfig, data_of, find_device, run
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS, TrainConfig
-from mtp.trajectories import Trajectory
-from mtp.trajectory_files import Origin, Report, collect_shards, read_trajectories
-from mtp.trajectory_filters import FilterConfig
 
 QUICK = {
     "prompts": 1000,

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp.checkpoint import write_text
+from mtp.consistency.measures import States, counted
+from mtp.consistency.trajectories import Trajectory
 from mtp.tokenizer import Tokenizer
-from mtp.trajectories import Trajectory
-from mtp.trajectory_measures import States, counted
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;

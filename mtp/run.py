@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp import checkpoint
-from mtp.consistency import ConsistencyConfig, ConsistencyLoss, TrajectoryBatches
+from mtp.consistency.files import read_trajectories
+from mtp.consistency.loss import ConsistencyConfig, ConsistencyLoss
+from mtp.consistency.packing import TrajectoryBatches
 from mtp.data import Batches, Corpus, DataConfig, StreamingBatches, iter_documents, load_corpus
 from mtp.distributed import from_rank_zero, processes, rank, world_size
 from mtp.hooks import (
@@ -40,7 +42,6 @@ from mtp.optim import Optimizer
 from mtp.tokenizer import Tokenizer, load_tokenizer
 from mtp.train import Batches as Source
 from mtp.train import Hook, Loss, Progress, TrainConfig, prepare, train, validate
-from mtp.trajectory_files import read_trajectories
 
 log = logging.getLogger("mtp")
 RESUME = ("false", "true", "auto")

@@ -24,14 +24,14 @@ from omegaconf import MISSING
 
 import mtp
 from mtp.checkpoint import fingerprint
+from mtp.consistency.files import Origin, collect_shards
+from mtp.consistency.filters import FilterConfig
 from mtp.data import prompt_of
 from mtp.documents import DataConfig, iter_documents
 from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
-from mtp.trajectory_files import Origin, collect_shards
-from mtp.trajectory_filters import FilterConfig
 from scripts.cli import launch
 
 

@@ -11,23 +11,17 @@ from test_run import interrupted, metrics, same_checkpoints
 
 from mtp import checkpoint
 from mtp.blocks import compile_blocks
-from mtp.consistency import (
-    DIVERGENCES,
-    ConsistencyConfig,
-    ConsistencyLoss,
-    TrajectoryBatches,
-    _pack,
-    distil,
-    scored,
-)
+from mtp.consistency import packing
+from mtp.consistency.files import Origin, collect_shards, read_trajectories
+from mtp.consistency.filters import FilterConfig
+from mtp.consistency.loss import DIVERGENCES, ConsistencyConfig, ConsistencyLoss, distil
+from mtp.consistency.packing import TrajectoryBatches, _pack, scored
+from mtp.consistency.trajectories import Trajectory
 from mtp.decode.contract import Request
 from mtp.optim import OptimConfig
 from mtp.run import RunConfig, run
 from mtp.tokenizer import ByteTokenizer
 from mtp.train import TrainConfig
-from mtp.trajectories import Trajectory
-from mtp.trajectory_files import Origin, collect_shards, read_trajectories
-from mtp.trajectory_filters import FilterConfig
 
 VOCAB, WINDOW = 13, 4
 
@@ -49,6 +43,14 @@ def trajectory(prompt=5, windows=3, states=(4, 1, 2), length=None, seed=0):
 
 def one_batch(trajectories, kind="global", **more):
     return next(TrajectoryBatches(trajectories, len(trajectories), 500, 96, kind, **more))
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """What each response that is packed is packed with."""
+    seen = []
+    monkeypatch.setattr(packing, "_pack", lambda *args: seen.append(args) or _pack(*args))
+    return seen
 
 
 def naive_divergence(name, student, teacher, label):
@@ -97,13 +99,11 @@ KINDS_OF_LOSS = [(kind, name) for kind in ("global", "local") for name in DIVERG
 
 @pytest.mark.parametrize("states", [1, 2])
 @pytest.mark.parametrize(("kind", "divergence"), KINDS_OF_LOSS)
-def test_a_packed_pass_is_the_windows_one_by_one(kind, divergence, states, monkeypatch):
+def test_a_packed_pass_is_the_windows_one_by_one(kind, divergence, states, packed):
     """Of ragged responses: an end within a window, a prompt of one token, one-state windows, and
     less states than are asked for.
     """
     given = [trajectory(length=10), trajectory(1, 2, (3, 3), seed=1), trajectory(9, 1, seed=2)]
-    packed = []
-    monkeypatch.setattr("mtp.consistency._pack", lambda *args: packed.append(args) or _pack(*args))
     batch, loss_fn = one_batch(given, kind, states=states), ConsistencyLoss(divergence)
     model = tiny(gain=2.0)
     terms, predicted = [], []
@@ -233,9 +233,7 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_epochs_read_every_response_once_and_draw_every_state_but_the_fixed_point(monkeypatch):
-    packed = []
-    monkeypatch.setattr("mtp.consistency._pack", lambda *args: packed.append(args) or _pack(*args))
+def test_epochs_read_every_response_once_and_draw_every_state_but_the_fixed_point(packed):
     for _ in islice(batches(size=5), 60):
         pass
     for start in range(0, 300, 5):

@@ -15,13 +15,13 @@ from benchmarks.consistency_models import consistency_run, texts_of, trained
 from benchmarks.decode import PLAIN
 from benchmarks.tasks import questions, write
 from benchmarks.trajectory_page import trajectory_page
+from mtp.consistency.filters import FilterConfig
+from mtp.consistency.trajectories import Trajectory
 from mtp.data import DataConfig
 from mtp.model import ModelConfig
 from mtp.run import RunConfig, run
 from mtp.tokenizer import ByteTokenizer
 from mtp.train import TrainConfig
-from mtp.trajectories import Trajectory
-from mtp.trajectory_filters import FilterConfig
 
 MODEL = ModelConfig(dim=16, n_layers=3, n_heads=2, n_future_tokens=2, multiple_of=8)
 KEYS = {

@@ -29,7 +29,7 @@ LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.overlap"),
     *("mtp.packages", "mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract"),
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
-    *("mtp.evaluate.scores", "mtp.trajectory_filters"),
+    *("mtp.evaluate.scores", "mtp.consistency.filters"),
     *("mtp.evaluate.schemas", "mtp.evaluate.scores"),
     *("mtp.evaluate.scores", "mtp.interop.fetch"),
 }
@@ -58,8 +58,8 @@ ADAPTER = "mtp.evaluate.harness"  # of runs and of others' models, to a package 
 SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only transformers is
 # each may import those before it
 ORDERED = [
-    *("mtp.trajectories", "mtp.trajectory_files", "mtp.trajectory_measures"),
-    "mtp.consistency",
+    *("mtp.consistency.trajectories", "mtp.consistency.files", "mtp.consistency.measures"),
+    *("mtp.consistency.packing", "mtp.consistency.loss"),
     *("mtp.train", "mtp.hooks", "mtp.run"),
 ]
 ABOVE = {  # some of USERS, or of those before

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import mtp
+from mtp.consistency.files import read_trajectories
 from mtp.hooks import read_jsonl
 from mtp.tokenizer import ByteTokenizer, train_sentencepiece
-from mtp.trajectory_files import read_trajectories
 
 pytest.importorskip("hydra")
 

@@ -12,10 +12,10 @@ import torch
 from conftest import KINDS, tiny
 from test_decode import GREEDY, NEW, SAMPLINGS, VOCAB, some_requests, target, truths
 
+from mtp.consistency.trajectories import Collection, OnPolicy, Trajectory, augmented
 from mtp.decode.contract import Place, Request, stop_at
 from mtp.decode.loop import generate
 from mtp.decode.sampling import TARGET
-from mtp.trajectories import Collection, OnPolicy, Trajectory, augmented
 
 WINDOWS = (1, 3, 5, 16)
 

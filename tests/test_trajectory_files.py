@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_decode import some_requests, target
 
+from mtp.consistency.files import Origin, Report, collect_shards, read_trajectories
+from mtp.consistency.filters import FilterConfig
+from mtp.consistency.trajectories import Collection
 from mtp.decode.contract import Request
 from mtp.tokenizer import ByteTokenizer
-from mtp.trajectories import Collection
-from mtp.trajectory_files import Origin, Report, collect_shards, read_trajectories
-from mtp.trajectory_filters import FilterConfig
 
 WINDOW = 5
 ORIGIN = Origin("tokenizer", "model", WINDOW, {"seed": 0, "ends": (3,)})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp.trajectory_filters import RULES, FilterConfig, why_dropped
+from mtp.consistency.filters import RULES, FilterConfig, why_dropped
 
 OFF = {"token_times": 0, "ngram_times": 0, "sentence_times": 0}
 

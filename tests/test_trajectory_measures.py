@@ -6,9 +6,8 @@ import pytest
 import torch
 from test_decode import NEW, some_requests, target
 
-import mtp.trajectory_measures
-from mtp.trajectories import Collection, Trajectory
-from mtp.trajectory_measures import (
+import mtp.consistency.measures
+from mtp.consistency.measures import (
     Collocation,
     Measures,
     collocations,
@@ -19,6 +18,7 @@ from mtp.trajectory_measures import (
     passes,
     stationary,
 )
+from mtp.consistency.trajectories import Collection, Trajectory
 
 FINAL = [1, 2, 3, 4]
 # Token by token; all at once; the first guess is right; the last token right from the start.
@@ -106,4 +106,4 @@ def test_collocations_are_ordered_by_how_often_they_are_fast_forwarded_then_rare
 
 
 def test_the_examples_hold():
-    assert doctest.testmod(mtp.trajectory_measures).failed == 0
+    assert doctest.testmod(mtp.consistency.measures).failed == 0

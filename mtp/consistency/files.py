@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from mtp.checkpoint import write_text
+from mtp.consistency.filters import FilterConfig, why_dropped
+from mtp.consistency.trajectories import Collection, Trajectory, whole_windows
 from mtp.decode.contract import Request
 from mtp.decode.sampling import Sampling
 from mtp.tokenizer import Tokenizer
-from mtp.trajectories import Collection, Trajectory, whole_windows
-from mtp.trajectory_filters import FilterConfig, why_dropped
 
 FORMAT_VERSION = 1
 SCHEMA = {"prompt": "[id]", "windows": "[window][state][id]", "length": "tokens of the response"}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from mtp.trajectories import Trajectory
+from mtp.consistency.trajectories import Trajectory
 
 States = Sequence[Sequence[int]]  # of one window, cut to what counts
 
