@@ -59,9 +59,8 @@ def console(progress: Progress) -> None:
     m = progress.metrics
     if not m or rank() != 0:
         return
-    heads = [f"{m[k]:.2f}" for k in m if k.startswith("loss_")]
     left = progress.seconds_left
-    line = f"step {progress.step:>6} ({progress.done:4.0%})  loss per head {' '.join(heads)}"
+    line = f"step {progress.step:>6} ({progress.done:4.0%})  {_losses(m)}"
     speed = f"{m['tokens_per_second']:,.0f} tokens/s"
     log.info("%s  %s  %d:%02d left", line, speed, left // 60, left % 60)
     if "val_loss_1" in m:
@@ -71,6 +70,14 @@ def console(progress: Progress) -> None:
             " ".join(bits),
             m["val_acceptance_length"],
         )
+
+
+def _losses(metrics: dict[str, float]) -> str:
+    """See `mtp.loss.Metrics`."""
+    found = {k.removeprefix("loss_"): x for k, x in metrics.items() if k.startswith("loss_")}
+    if all(name.isdecimal() for name in found):
+        return f"loss per head {' '.join(f'{x:.2f}' for x in found.values())}"
+    return f"loss {', '.join(f'{name} {x:.3f}' for name, x in found.items())}"
 
 
 class Utilisation:

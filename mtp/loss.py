@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Score = Callable[..., Any]
-# name -> (sum, count): a ratio is taken after all sums are in.
+# name -> (sum, count): a ratio is taken after all sums are in. What is learned is called loss_1,
+# loss_2, ... of heads, else loss_ and the term's name.
 Metrics = dict[str, tuple[Tensor, Tensor]]
 CUTS = ("auto", "trunk", "latents")
 

@@ -124,7 +124,7 @@ def test_a_packed_pass_is_the_windows_one_by_one(kind, divergence, states, packe
             assert grad is None, name
         else:
             torch.testing.assert_close(grad, wanted[name], rtol=0, atol=1e-10, msg=name)
-    total, number = metrics["consistency"]
+    total, number = metrics["loss_consistency"]
     torch.testing.assert_close(total / number, sum(terms) / len(terms), rtol=0, atol=1e-10)
 
 
@@ -322,11 +322,11 @@ def test_a_run_starts_from_a_checkpoint_and_learns(config):
     config.train.steps, config.consistency.ar_weight = 60, 0.0
     run(config)
     values, after = (
-        [line["consistency"] for line in metrics(config)],
+        [line["loss_consistency"] for line in metrics(config)],
         checkpoint.load(config.run_dir),
     )
     loss_fn, batch = ConsistencyLoss(), next(batches(collected(config)))
-    total, count = loss_fn(start, batch, loss_fn.count(batch))[1]["consistency"]
+    total, count = loss_fn(start, batch, loss_fn.count(batch))[1]["loss_consistency"]
     assert values[0] == pytest.approx((total / count).item(), rel=1e-5)
     assert sum(values[-10:]) < 0.8 * sum(values[:10])
     assert after.config == start.config
@@ -350,7 +350,8 @@ def test_without_its_weight_the_divergence_is_measured_and_not_learned(config):
     once, twice = (ConsistencyLoss(ar_weight=weight) for weight in (1.0, 2.0))
     text = twice(model, batch, twice.count(batch))[0] - once(model, batch, once.count(batch))[0]
     (line,) = metrics(config)
-    assert line["loss_1"] == pytest.approx(text.item(), rel=1e-5) and line["consistency"] > 0
+    assert line["loss_autoregressive"] == pytest.approx(text.item(), rel=1e-5)
+    assert line["loss_consistency"] > 0
     text.backward()
     norm = torch.stack(
         [grad.norm() for grad in gradients(model).values() if grad is not None]

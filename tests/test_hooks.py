@@ -49,6 +49,13 @@ def test_console_shows_losses_time_left_and_validation(caplog):
     assert "3.25" in second and "2.75" in second
 
 
+def test_console_calls_terms_that_are_no_heads_by_their_names(caplog):
+    caplog.set_level(logging.INFO)
+    terms = {"loss_consistency": 0.0125, "loss_autoregressive": 1.5, "tokens_per_second": 1.0}
+    console(Progress(tiny(), step=7, seconds=60.0, done=0.5, metrics=terms))
+    assert "  loss consistency 0.013, autoregressive 1.500  " in caplog.messages[0]
+
+
 def test_tensorboard_gets_every_metric(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader

@@ -173,7 +173,8 @@ class ConsistencyLoss:
 
         loss, *sums = model(batch.row, score=score, cut="latents", upto=1, layout=batch.layout())
         counts = self.count(batch)
-        return loss, {"consistency": (sums[0], counts[0]), "loss_1": (sums[1], counts[1])}
+        names = "loss_consistency", "loss_autoregressive"
+        return loss, dict(zip(names, zip(sums, counts, strict=True), strict=True))
 
     def _compare(
         self, latent: Tensor, weight: Tensor, batch: PackedRows, scale: Tensor
