@@ -79,6 +79,8 @@ class RunConfig:
             raise ValueError(f"objective={self.objective!r}: allowed are {', '.join(OBJECTIVES)}")
         if self.objective == "consistency" and self.consistency.trajectories is None:
             raise ValueError("consistency.trajectories: give the folder of a collection")
+        if self.objective == "consistency" and self.init_from is None:
+            raise ValueError("init_from: give the model that consistency.trajectories are of")
         if self.init_from is None:
             return
         for key, value in (("model", ModelConfig()), ("data.tokenizer", DataConfig.tokenizer)):
@@ -116,12 +118,13 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
     source = from_rank_zero(lambda: open_run_dir(run_dir, config.resume, expected["disk_bytes"]))
     if source is not None:
         _check_same(checkpoint.load_config(source), model_config)
-    batches, evaluate, notes = objective.data(config, tokenizer, model_config)
+    start = None if source or config.init_from is None else checkpoint.find(config.init_from)
+    batches, evaluate, notes = objective.data(config, tokenizer, model_config, start)
     notes |= {"tokenizer": tokenizer.fingerprint}
     model = Transformer(model_config, torch.Generator().manual_seed(config.train.seed)).to(device)
     prepare(model, config.train)
-    if source is None and config.init_from is not None:
-        checkpoint.load_weights(model, checkpoint.find(config.init_from))
+    if start is not None:
+        checkpoint.load_weights(model, start)
     return train_in(
         run_dir,
         source,
@@ -278,10 +281,12 @@ class Data(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """loss: made before anything is loaded, it refuses what cannot work. data: loads it."""
+    """loss: made before anything is loaded, it refuses what cannot work. data: loads it, for a
+    model that gets its weights later, where a run begins from a checkpoint from the folder given.
+    """
 
     loss: Callable[[RunConfig, ModelConfig], Loss]
-    data: Callable[[RunConfig, Tokenizer, ModelConfig], Data]
+    data: Callable[[RunConfig, Tokenizer, ModelConfig, Path | None], Data]
 
 
 def _token_loss(config: RunConfig, model: ModelConfig) -> Loss:
@@ -293,7 +298,9 @@ def _token_loss(config: RunConfig, model: ModelConfig) -> Loss:
     return MultiTokenLoss(n, config.head_weights)
 
 
-def _tokens(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Data:
+def _tokens(
+    config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, start: Path | None
+) -> Data:
     data, n, rows = config.data, model.n_future_tokens, config.train.batch_size
     ranks = (rank(), world_size())
     evaluate = evaluator(load_corpus(data, tokenizer, True), data, config.train, n)
@@ -312,10 +319,12 @@ def _consistency_loss(config: RunConfig, model: ModelConfig) -> Loss:
     return ConsistencyLoss(config.consistency.divergence, *weights)
 
 
-def _trajectories(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Data:
+def _trajectories(
+    config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, start: Path | None
+) -> Data:
     where, window = str(config.consistency.trajectories), config.consistency.window
     batches = TrajectoryBatches(
-        read_trajectories(where, tokenizer.fingerprint, window),
+        read_trajectories(where, tokenizer.fingerprint, window, start),
         config.train.batch_size,
         config.data.seq_len,
         model.max_seq_len,

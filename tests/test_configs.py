@@ -57,7 +57,7 @@ NEEDED = {  # what a command or file leaves to the user
     "train_tokenizer": ["out=x.model"],
     "data=shards": ["data.path=x"],
     "data=code": ["data.benchmarks=[]"],
-    "experiment=consistency": ["consistency.trajectories=x"],
+    "experiment=consistency": ["consistency.trajectories=x", "init_from=x"],
     "attach=7b_lora": ["trunk=x", "data.path=y"],
 }
 STREAM = DataConfig("datasets", "x", val_split="x", streaming=True)

@@ -1,5 +1,6 @@
 """Consistency training: one packed pass is the windows one by one, and the trainer runs it."""
 
+import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -295,7 +296,7 @@ def config(tmp_path):
         tmp_path / "collected",
         model,
         [Request([i, 2 * i, 3 * i], 10) for i in range(1, 6)],
-        Origin(tokenizer.fingerprint, "any", WINDOW),
+        Origin(tokenizer.fingerprint, checkpoint.fingerprint(tmp_path / "trained"), WINDOW),
         tokenizer,
         FilterConfig(),
     )
@@ -342,6 +343,16 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(config):
     assert metrics(config) == metrics(whole)
 
 
+def test_a_base_run_that_went_on_does_not_keep_a_run_from_resuming(config):
+    config.train.save_every = 2
+    interrupted(config, 2)
+    shutil.rmtree(config.init_from)
+    checkpoint.save(tiny(vocab_size=257, seed=9).float(), config.init_from, ByteTokenizer())
+    assert run(replace(config, resume="true")).step == 4
+    with pytest.raises(ValueError, match=r"trajectories of model=.*, wanted are .*/trained: coll"):
+        run(replace(config, run_dir=f"{config.run_dir}-new"))
+
+
 def test_without_its_weight_the_divergence_is_measured_and_not_learned(config):
     config.consistency = replace(config.consistency, consistency_weight=0.0, ar_weight=1.0)
     config.train.steps = 1
@@ -363,6 +374,7 @@ def test_without_its_weight_the_divergence_is_measured_and_not_learned(config):
     ("changes", "words"),
     [
         ({"consistency": ConsistencyConfig()}, "consistency.trajectories: give the folder of"),
+        ({"init_from": None}, "init_from: give the model that consistency.trajectories are of"),
         ({"objective": "x"}, "objective='x': allowed are tokens, consistency"),
         ({"model": tiny().config}, "model: not together with init_from"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_decode import some_requests, target
 
+from mtp.checkpoint import fingerprint
 from mtp.consistency.files import Origin, Report, collect_shards, read_trajectories
 from mtp.consistency.filters import FilterConfig
 from mtp.consistency.trajectories import Collection
@@ -46,7 +47,7 @@ def contents(folder):
 def test_trajectories_come_back_in_order(tmp_path):
     report = collected(tmp_path)
     wanted = list(Collection(target("transformer", ANYWHERE), some_requests(), WINDOW))
-    assert read(tmp_path) == read(tmp_path, model="model") == wanted
+    assert read(tmp_path) == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "report.json",
         *(f"shard-000000{first}.jsonl" for first in (0, 3, 6)),
@@ -134,12 +135,25 @@ def test_filters_that_drop_everything_say_so(tmp_path):
     assert read(tmp_path) == []
 
 
-@pytest.mark.parametrize("key, value", [("tokenizer", "x"), ("model", "y"), ("window", 8)])
+@pytest.mark.parametrize("key, value", [("tokenizer", "x"), ("window", 8)])
 def test_trajectories_of_something_else_are_refused_by_name(key, value, tmp_path):
     collected(tmp_path)
     said = rf"shard-0000000.jsonl: trajectories of {key}=.*wanted are those of {value!r}"
     with pytest.raises(ValueError, match=said):
         read_trajectories(tmp_path, **({"tokenizer": "tokenizer", "window": 5} | {key: value}))
+
+
+def test_trajectories_of_another_model_are_refused_by_both_names(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    one, other = tmp_path / "one", tmp_path / "other"
+    out = tmp_path / "out"
+    collected(out, origin=replace(ORIGIN, model=fingerprint(one)))
+    assert read(out, model=one) == read(out)
+    said = f"of model='{fingerprint(one)}', wanted are those of '{fingerprint(other)}', {other}: "
+    with pytest.raises(ValueError, match=said):
+        read(out, model=other)
 
 
 GOOD = {"prompt": [1], "windows": [[[1, 2, 3, 4, 5]]], "length": 5}

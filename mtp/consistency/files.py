@@ -24,11 +24,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtp.checkpoint import write_text
+from mtp.checkpoint import fingerprint, write_text
 from mtp.consistency.filters import FilterConfig, why_dropped
 from mtp.consistency.trajectories import Collection, Trajectory, whole_windows
 from mtp.decode.contract import Request
 from mtp.decode.sampling import Sampling
+from mtp.distributed import from_rank_zero
 from mtp.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -204,26 +205,33 @@ def _write_shard(
 
 
 def read_trajectories(
-    where: str | Path, tokenizer: str, window: int, model: str | None = None
+    where: str | Path, tokenizer: str, window: int, model: Path | None = None
 ) -> Iterator[Trajectory]:
-    """Of all shards of a folder, or of one shard, in the order of the prompts. tokenizer, model:
-    fingerprints; None: any model's.
+    """Of all shards of a folder, or of one shard, in the order of the prompts. tokenizer: its
+    fingerprint. model: the folder of the one that made them; None: any did.
 
     ValueError, before the first trajectory: what was collected is of something else, or shards are
     missing. ValueError, at the trajectory: the file and line that is damaged.
     """
-    wanted = {"tokenizer": tokenizer, "window": window} | ({"model": model} if model else {})
-    headers = _headers(Path(where))
-    if not headers:
-        raise ValueError(f"{where}: no trajectories there; collect_trajectories.py writes some")
+    wanted: dict[str, tuple[Any, str]] = {"tokenizer": (tokenizer, ""), "window": (window, "")}
+    if model is not None:
+        wanted["model"] = from_rank_zero(lambda: fingerprint(model)), f", {model}"
+    headers = _some_headers(Path(where))
     for file, header in headers.items():
-        for key, value in wanted.items():
+        for key, (value, name) in wanted.items():
             if header[key] != value:
                 raise ValueError(
                     f"{file}: trajectories of {key}={header[key]!r}, wanted are those of "
-                    f"{value!r}: collect them anew"
+                    f"{value!r}{name}: collect them anew"
                 )
     return (t for file, header in headers.items() for t in _read_shard(file, header))
+
+
+def _some_headers(where: Path) -> dict[Path, dict[str, Any]]:
+    headers = _headers(where)
+    if not headers:
+        raise ValueError(f"{where}: no trajectories there; collect_trajectories.py writes some")
+    return headers
 
 
 def _found(folder: Path, origin: Origin) -> Report:
