@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp import checkpoint
-from mtp.consistency.files import read_trajectories
+from mtp.consistency.files import origin_of, read_trajectories
 from mtp.consistency.loss import ConsistencyConfig, ConsistencyLoss
+from mtp.consistency.on_policy import as_collected
 from mtp.consistency.packing import TrajectoryBatches
 from mtp.data import Batches, Corpus, DataConfig, StreamingBatches, iter_documents, load_corpus
 from mtp.distributed import from_rank_zero, processes, rank, world_size
@@ -119,10 +120,10 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
     if source is not None:
         _check_same(checkpoint.load_config(source), model_config)
     start = None if source or config.init_from is None else checkpoint.find(config.init_from)
-    batches, evaluate, notes = objective.data(config, tokenizer, model_config, start)
-    notes |= {"tokenizer": tokenizer.fingerprint}
     model = Transformer(model_config, torch.Generator().manual_seed(config.train.seed)).to(device)
     prepare(model, config.train)
+    batches, evaluate, notes = objective.data(config, tokenizer, model, start)
+    notes |= {"tokenizer": tokenizer.fingerprint}
     if start is not None:
         checkpoint.load_weights(model, start)
     return train_in(
@@ -286,7 +287,7 @@ class Objective(NamedTuple):
     """
 
     loss: Callable[[RunConfig, ModelConfig], Loss]
-    data: Callable[[RunConfig, Tokenizer, ModelConfig, Path | None], Data]
+    data: Callable[[RunConfig, Tokenizer, Transformer, Path | None], Data]
 
 
 def _token_loss(config: RunConfig, model: ModelConfig) -> Loss:
@@ -299,9 +300,9 @@ def _token_loss(config: RunConfig, model: ModelConfig) -> Loss:
 
 
 def _tokens(
-    config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, start: Path | None
+    config: RunConfig, tokenizer: Tokenizer, model: Transformer, start: Path | None
 ) -> Data:
-    data, n, rows = config.data, model.n_future_tokens, config.train.batch_size
+    data, n, rows = config.data, model.config.n_future_tokens, config.train.batch_size
     ranks = (rank(), world_size())
     evaluate = evaluator(load_corpus(data, tokenizer, True), data, config.train, n)
     if data.streaming:
@@ -315,24 +316,37 @@ def _tokens(
 
 
 def _consistency_loss(config: RunConfig, model: ModelConfig) -> Loss:
+    if config.consistency.refresh_every and world_size() > 1:
+        raise ValueError(
+            f"consistency.refresh_every={config.consistency.refresh_every}: the model in training "
+            f"decodes in one process only, there are {world_size()}"
+        )
     weights = config.consistency.ar_weight, config.consistency.consistency_weight
     return ConsistencyLoss(config.consistency.divergence, *weights)
 
 
 def _trajectories(
-    config: RunConfig, tokenizer: Tokenizer, model: ModelConfig, start: Path | None
+    config: RunConfig, tokenizer: Tokenizer, model: Transformer, start: Path | None
 ) -> Data:
-    where, window = str(config.consistency.trajectories), config.consistency.window
+    settings, seed, refresh = config.consistency, config.data.seed, None
+    where = str(settings.trajectories)
+    found = list(read_trajectories(where, tokenizer.fingerprint, settings.window, start))
+    if settings.refresh_every:
+        prompts = [trajectory.prompt for trajectory in found]
+        refresh = as_collected(origin_of(where), model, tokenizer, prompts, seed)
     batches = TrajectoryBatches(
-        read_trajectories(where, tokenizer.fingerprint, window, start),
+        found,
         config.train.batch_size,
         config.data.seq_len,
-        model.max_seq_len,
-        config.consistency.kind,
-        config.data.seed,
+        model.config.max_seq_len,
+        settings.kind,
+        seed,
         rank(),
         world_size(),
-        states=config.consistency.states,
+        settings.states,
+        augment=settings.augment,
+        refresh=refresh,
+        refresh_every=settings.refresh_every,
     )
     skipped = ", ".join(f"{count} {what}" for what, count in batches.skipped.items() if count)
     log.info("trajectories: %d responses; skipped: %s", len(batches), skipped or "nothing")

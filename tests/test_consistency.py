@@ -1,6 +1,6 @@
 """Consistency training: one packed pass is the windows one by one, and the trainer runs it."""
 
-import shutil
+import json
 from dataclasses import replace
 from itertools import islice
 
@@ -8,21 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KINDS, tiny
-from test_run import interrupted, metrics, same_checkpoints
 
-from mtp import checkpoint
 from mtp.blocks import compile_blocks
 from mtp.consistency import packing
-from mtp.consistency.files import Origin, collect_shards, read_trajectories
-from mtp.consistency.filters import FilterConfig
 from mtp.consistency.loss import DIVERGENCES, ConsistencyConfig, ConsistencyLoss, distil
 from mtp.consistency.packing import TrajectoryBatches, _pack, scored
 from mtp.consistency.trajectories import Trajectory
-from mtp.decode.contract import Request
-from mtp.optim import OptimConfig
-from mtp.run import RunConfig, run
-from mtp.tokenizer import ByteTokenizer
-from mtp.train import TrainConfig
 
 VOCAB, WINDOW = 13, 4
 
@@ -217,6 +208,8 @@ def test_a_wrong_choice_is_named_with_what_is_allowed():
         ConsistencyLoss(ar_weight=-1)
     with pytest.raises(ValueError, match="kind='x' is unknown: allowed are global, local"):
         ConsistencyConfig(kind="x")
+    with pytest.raises(ValueError, match="consistency.refresh_every=-1 must be at least 0"):
+        ConsistencyConfig(refresh_every=-1)
     with pytest.raises(ValueError, match="divergence='hard', the fixed point's tokens, is for 'gl"):
         ConsistencyConfig(kind="local", divergence="hard")
 
@@ -271,120 +264,47 @@ def test_what_does_not_fit_is_skipped_and_counted():
         TrajectoryBatches([long], 1, 64, 96)
 
 
+class Given:
+    """A source of new trajectories: those that are given, then no more."""
+
+    def __init__(self, trajectories):
+        self.trajectories, self.drawn = trajectories, 0
+
+    def draw(self, count):
+        self.drawn += count
+        return self.trajectories[self.drawn - count : self.drawn]
+
+
+NEW = [trajectory(seed=10 + i, windows=1) for i in range(9)]
+
+
 def test_new_trajectories_take_the_places_of_the_oldest_and_are_part_of_the_state():
-    new = [trajectory(seed=10 + i, windows=1) for i in range(9)]
-    source = batches(refresh=iter(new))
+    source = batches(refresh=Given(NEW))
     for _ in range(4):
         next(source)
     assert source.refreshed == 8
-    again = batches(refresh=iter(new[8:]))
-    again.load_state_dict(source.state_dict())
+    again = batches(refresh=Given(NEW))
+    again.load_state_dict(json.loads(json.dumps(source.state_dict())))
     for _ in range(3):  # the last is new, then there are no more
         assert same(next(again), next(source))
     assert again.refreshed == source.refreshed == 9
 
 
-# Runs.
-
-
-@pytest.fixture
-def config(tmp_path):
-    """A run on collected trajectories, from a checkpoint."""
-    model, tokenizer = tiny(vocab_size=257, gain=2.0).float(), ByteTokenizer()
-    checkpoint.save(model, tmp_path / "trained", tokenizer)
-    collect_shards(
-        tmp_path / "collected",
-        model,
-        [Request([i, 2 * i, 3 * i], 10) for i in range(1, 6)],
-        Origin(tokenizer.fingerprint, checkpoint.fingerprint(tmp_path / "trained"), WINDOW),
-        tokenizer,
-        FilterConfig(),
-    )
-    training = TrainConfig(
-        steps=4, batch_size=2, log_every=1, optim=OptimConfig(lr=1e-3, warmup_steps=1)
-    )
-    return RunConfig(
-        str(tmp_path / "run"),
-        objective="consistency",
-        init_from=str(tmp_path / "trained"),
-        device="cpu",
-        train=training,
-        consistency=ConsistencyConfig(str(tmp_path / "collected"), WINDOW),
-    )
-
-
-def collected(config):
-    where = config.consistency.trajectories
-    return list(read_trajectories(where, ByteTokenizer().fingerprint, WINDOW))
-
-
-def test_a_run_starts_from_a_checkpoint_and_learns(config):
-    start = checkpoint.load(config.init_from)
-    config.train.steps, config.consistency.ar_weight = 60, 0.0
-    run(config)
-    values, after = (
-        [line["loss_consistency"] for line in metrics(config)],
-        checkpoint.load(config.run_dir),
-    )
-    loss_fn, batch = ConsistencyLoss(), next(batches(collected(config)))
-    total, count = loss_fn(start, batch, loss_fn.count(batch))[1]["loss_consistency"]
-    assert values[0] == pytest.approx((total / count).item(), rel=1e-5)
-    assert sum(values[-10:]) < 0.8 * sum(values[:10])
-    assert after.config == start.config
-
-
-def test_a_resumed_run_ends_like_an_uninterrupted_one(config):
-    config.train = replace(config.train, save_every=2, steps=6)
-    whole = replace(config, run_dir=f"{config.run_dir}-whole")
-    run(whole)
-    interrupted(config, 2)
-    run(replace(config, resume="true"))
-    same_checkpoints(config, whole)
-    assert metrics(config) == metrics(whole)
-
-
-def test_a_base_run_that_went_on_does_not_keep_a_run_from_resuming(config):
-    config.train.save_every = 2
-    interrupted(config, 2)
-    shutil.rmtree(config.init_from)
-    checkpoint.save(tiny(vocab_size=257, seed=9).float(), config.init_from, ByteTokenizer())
-    assert run(replace(config, resume="true")).step == 4
-    with pytest.raises(ValueError, match=r"trajectories of model=.*, wanted are .*/trained: coll"):
-        run(replace(config, run_dir=f"{config.run_dir}-new"))
-
-
-def test_without_its_weight_the_divergence_is_measured_and_not_learned(config):
-    config.consistency = replace(config.consistency, consistency_weight=0.0, ar_weight=1.0)
-    config.train.steps = 1
-    run(config)
-    model, batch = checkpoint.load(config.init_from), next(batches(collected(config)))
-    once, twice = (ConsistencyLoss(ar_weight=weight) for weight in (1.0, 2.0))
-    text = twice(model, batch, twice.count(batch))[0] - once(model, batch, once.count(batch))[0]
-    (line,) = metrics(config)
-    assert line["loss_autoregressive"] == pytest.approx(text.item(), rel=1e-5)
-    assert line["loss_consistency"] > 0
-    text.backward()
-    norm = torch.stack(
-        [grad.norm() for grad in gradients(model).values() if grad is not None]
-    ).norm()
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-
-
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"consistency": ConsistencyConfig()}, "consistency.trajectories: give the folder of"),
-        ({"init_from": None}, "init_from: give the model that consistency.trajectories are of"),
-        ({"objective": "x"}, "objective='x': allowed are tokens, consistency"),
-        ({"model": tiny().config}, "model: not together with init_from"),
-    ],
+    ("every", "refreshed"), [(1, [1, 3, 5, 7]), (2, [0, 1, 1, 3]), (4, [0, 0, 0, 1])]
 )
-def test_what_cannot_work_is_refused(changes, words, config):
-    with pytest.raises(ValueError, match=words):
-        replace(config, **changes)
+def test_new_trajectories_come_every_so_many_batches_and_only_those_that_fit(every, refreshed):
+    source = batches(refresh=Given([trajectory(windows=99), *NEW]), refresh_every=every)
+    assert [source.refreshed for _ in zip(range(4), source, strict=False)] == refreshed
 
 
-def test_trajectories_of_another_window_are_refused_before_training(config):
-    config.consistency = replace(config.consistency, window=8)
-    with pytest.raises(ValueError, match="trajectories of window=4, wanted are those of 8"):
-        run(config, hooks=[lambda progress: pytest.fail("training began")])
+def test_augmentation_is_another_in_each_epoch_and_part_of_what_a_source_is(packed):
+    for augment in (False, True):
+        _ = [*islice(batches(size=5, augment=augment), 6)]
+    plain, changed = packed[:30], packed[30:]
+    for (one, chosen, _), (other, again, _) in zip(plain, changed, strict=True):
+        assert chosen == again and one.response == other.response
+    first = [other for other, *_ in changed if other.response == SOME[0].response]
+    assert len({str(one) for one in first}) > 1
+    with pytest.raises(ValueError, match="state of other data: its augment is True, not None"):
+        batches().load_state_dict(batches(augment=True).state_dict())

@@ -59,7 +59,7 @@ SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only t
 # each may import those before it
 ORDERED = [
     *("mtp.consistency.trajectories", "mtp.consistency.files", "mtp.consistency.measures"),
-    *("mtp.consistency.packing", "mtp.consistency.loss"),
+    *("mtp.consistency.on_policy", "mtp.consistency.packing", "mtp.consistency.loss"),
     *("mtp.train", "mtp.hooks", "mtp.run"),
 ]
 ABOVE = {  # some of USERS, or of those before

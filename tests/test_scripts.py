@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mtp
+from mtp.checkpoint import load_training
 from mtp.consistency.files import read_trajectories
 from mtp.hooks import read_jsonl
 from mtp.tokenizer import ByteTokenizer, train_sentencepiece
@@ -254,6 +255,25 @@ def test_trajectories_are_collected_once_and_are_the_models_own_text(
     assert "3 of 3 responses kept" in again and "3/3" not in again
     with pytest.raises(SystemExit, match="shard-0000000.jsonl: settings is .* choose another"):
         command("collect_trajectories", *words, "max_new_tokens=21")
+
+
+def test_a_collection_trains_the_model_that_it_is_of_and_goes_on_with_it(
+    trained, questions, command, tmp_path
+):
+    words = ["device=cpu", "filters.token_times=0", "filters.ngram_times=0", "max_new_tokens=20"]
+    command(
+        "collect_trajectories",
+        f"checkpoint={trained[0]}",
+        f"out={tmp_path}/out",
+        *words,
+        *questions,
+    )
+    words = [f"run_dir={tmp_path}/run", f"init_from={trained[0]}", "device=cpu", "train.steps=2"]
+    words += ["train.batch_size=1", "train.log_every=1", "train.optim.warmup_steps=1"]
+    words += [f"consistency.trajectories={tmp_path}/out", "consistency.refresh_every=1"]
+    said = command("train", "experiment=consistency", *words).err
+    assert "loss consistency" in said
+    assert load_training(tmp_path / "run").progress["data"]["refreshed"] == 2
 
 
 def test_a_corpus_gives_the_beginnings_of_its_documents(trained, texts, command, tmp_path):

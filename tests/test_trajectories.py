@@ -4,7 +4,6 @@ The truth is `plain`: one window, whole, read anew for every state, without a ca
 """
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 from conftest import KINDS, tiny
 from test_decode import GREEDY, NEW, SAMPLINGS, VOCAB, some_requests, target, truths
 
-from mtp.consistency.trajectories import Collection, OnPolicy, Trajectory, augmented
+from mtp.consistency.on_policy import OnPolicy
+from mtp.consistency.trajectories import Collection, Trajectory, augmented
 from mtp.decode.contract import Place, Request, stop_at
 from mtp.decode.loop import generate
 from mtp.decode.sampling import TARGET
@@ -190,7 +190,7 @@ PROMPTS = [[1, 2, 4], [5], [6, 7]]
 
 
 def on_policy(model, **options):
-    return OnPolicy(model, PROMPTS, 4, 8, **({"seed": 10, "batch_size": 2} | options))
+    return OnPolicy(model, PROMPTS, 4, 8, seed=10, **options)
 
 
 def test_on_policy_trajectories_are_the_models_own_as_it_is_then(device):
@@ -198,43 +198,49 @@ def test_on_policy_trajectories_are_the_models_own_as_it_is_then(device):
     source = on_policy(model)
     requests = [Request(PROMPTS[i % 3], 8, seed=10 + i) for i in range(6)]
     before = list(Collection(model, requests[:2], 4))
-    assert [next(source), next(source)] == before
+    assert source.draw(2) == before
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype).to(device))
     after = list(Collection(model, requests[2:], 4))
-    assert [next(source) for _ in range(4)] == after
+    assert source.draw(4) == after
     assert before[0].response != next(iter(Collection(model, requests[:1], 4))).response
 
 
 def test_training_goes_on_after_on_policy_trajectories(device):
     model = copy.deepcopy(target("transformer", device))
-    next(on_policy(model))
+    on_policy(model).draw(2)
     model(torch.tensor([[1, 2, 3]], device=device)).sum().backward()
     assert all(p.grad is not None for p in model.trunk.parameters())
 
 
-@pytest.mark.parametrize("drawn", [0, 1, 2, 5])
-def test_an_on_policy_source_goes_on_where_its_state_says(drawn, device):
+def test_an_on_policy_source_goes_on_where_its_count_says(device):
     model = target("transformer", device)
     source, again = on_policy(model), on_policy(model)
-    for _ in range(drawn):
-        next(source)
-    again.load_state_dict(json.loads(json.dumps(source.state_dict())))
-    assert [next(again) for _ in range(4)] == [next(source) for _ in range(4)]
+    source.draw(5)
+    again.drawn = source.drawn
+    assert again.draw(4) == source.draw(4)
+
+
+def test_what_is_not_worth_keeping_is_left_out_and_not_made_up_for(device):
+    model = target("transformer", device)
+    every = on_policy(model).draw(6)
+    some = on_policy(model, keep=lambda trajectory: trajectory.prompt != PROMPTS[1]).draw(6)
+    assert some == [trajectory for trajectory in every if trajectory.prompt != PROMPTS[1]]
+    assert len(some) == 4
 
 
 @pytest.mark.parametrize(
-    "prompts, options, message",
+    "prompts, window, message",
     [
-        ([], {}, "no prompts"),
-        ([[1], [2] * 90], {}, "request 1 needs 90 prompt tokens"),
-        ([[1]], {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ([], 4, "no prompts"),
+        ([[1], [2] * 90], 4, "request 1 needs 90 prompt tokens"),
+        ([[1]], 0, "window=0 must be at least 1"),
     ],
 )
-def test_prompts_are_refused_before_training(prompts, options, message):
+def test_prompts_are_refused_before_training(prompts, window, message):
     with pytest.raises(ValueError, match=message):
-        OnPolicy(target("transformer", torch.device("cpu")), prompts, 4, 8, **options)
+        OnPolicy(target("transformer", torch.device("cpu")), prompts, window, 8)
 
 
 FINAL = [1, 2, 3, 4, 5, 6]

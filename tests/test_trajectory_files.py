@@ -8,7 +8,7 @@ import torch
 from test_decode import some_requests, target
 
 from mtp.checkpoint import fingerprint
-from mtp.consistency.files import Origin, Report, collect_shards, read_trajectories
+from mtp.consistency.files import Origin, Report, collect_shards, origin_of, read_trajectories
 from mtp.consistency.filters import FilterConfig
 from mtp.consistency.trajectories import Collection
 from mtp.decode.contract import Request
@@ -48,6 +48,7 @@ def test_trajectories_come_back_in_order(tmp_path):
     report = collected(tmp_path)
     wanted = list(Collection(target("transformer", ANYWHERE), some_requests(), WINDOW))
     assert read(tmp_path) == wanted
+    assert origin_of(tmp_path) == replace(ORIGIN, settings={"seed": 0, "ends": [3]})
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "report.json",
         *(f"shard-000000{first}.jsonl" for first in (0, 3, 6)),

@@ -19,7 +19,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,12 @@ def read_trajectories(
     return (t for file, header in headers.items() for t in _read_shard(file, header))
 
 
+def origin_of(where: str | Path) -> Origin:
+    """Of the trajectories there. ValueError: see `read_trajectories`."""
+    header, *_ = _some_headers(Path(where)).values()
+    return Origin(**{f.name: header[f.name] for f in fields(Origin)})
+
+
 def _some_headers(where: Path) -> dict[Path, dict[str, Any]]:
     headers = _headers(where)
     if not headers:
@@ -269,7 +275,7 @@ def _read_header(file: Path) -> dict[str, Any]:
         version = header["format_version"]
         if version == FORMAT_VERSION:
             str(header["tokenizer"]), str(header["model"]), int(header["window"])
-            int(header["first"]), Report(**header["report"])
+            int(header["first"]), Report(**header["report"]), {**header["settings"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}, line 1: is no header of trajectories ({error!r})") from error
     if version != FORMAT_VERSION:

@@ -28,15 +28,19 @@ from mtp.loss import Metrics, StoredGradient, chunk_size, compute_dtype, sequent
 
 @dataclass
 class ConsistencyConfig:
-    """trajectories: the folder of a collection, of windows of `window` tokens. kind: the teacher
-    reads the fixed point (global) or the state after the student's (local). The rest: see
-    `ConsistencyLoss`.
+    """trajectories: the folder of a collection, of windows of `window` tokens, that the model made
+    from which training starts. kind: the teacher reads the fixed point (global) or the state after
+    the student's (local). augment, refresh_every: see `TrajectoryBatches`; refresh_every from 1 on
+    is on-policy training: the model in training goes on with the collection's prompts, in the way
+    it was made, and its cross-entropy is that of its own text. The rest: see `ConsistencyLoss`.
     """
 
     trajectories: str | None = None
     window: int = 16
     kind: str = "global"
     states: int = 1  # of each window in a row
+    augment: bool = False
+    refresh_every: int = 0  # batches; 0: only what was collected
     divergence: str = "forward_kl"  # a key of DIVERGENCES
     ar_weight: float = 10.0
     consistency_weight: float = 1.0
@@ -44,6 +48,10 @@ class ConsistencyConfig:
     def __post_init__(self) -> None:
         if self.states < 1:
             raise ValueError(f"consistency.states={self.states} must be at least 1")
+        if self.refresh_every < 0:
+            raise ValueError(
+                f"consistency.refresh_every={self.refresh_every} must be at least 0 (0: never)"
+            )
         if self.kind not in KINDS:
             raise ValueError(
                 f"consistency.kind={self.kind!r} is unknown: allowed are {', '.join(KINDS)}"

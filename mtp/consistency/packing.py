@@ -19,7 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import count, islice
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp.consistency.trajectories import Trajectory
+from mtp.consistency.on_policy import OnPolicy
+from mtp.consistency.trajectories import Trajectory, augmented
 from mtp.data import check_identity
 from mtp.decode.contract import Layout
 
@@ -159,8 +160,10 @@ class TrajectoryBatches:
     which keep their cross-entropy. Ranks partition each global batch as `mtp.data.Batches` does.
     ValueError if no response fits.
 
-    refresh: for on-policy training, new trajectories. Before each batch as many as it has rows take
-    the places of the oldest; they are part of the state, and `refreshed` counts them.
+    augment: states are read with some wrong tokens put right, others in each epoch, see
+    `augmented`. refresh, for on-policy training: makes new trajectories. Before every
+    `refresh_every`-th batch as many are drawn as it has rows, and those that fit take the places of
+    the oldest; they are part of the state, and `refreshed` counts them.
     """
 
     def __init__(
@@ -173,8 +176,11 @@ class TrajectoryBatches:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        refresh: Iterator[Trajectory] | None = None,
         states: int = 1,
+        *,
+        augment: bool = False,
+        refresh: OnPolicy | None = None,
+        refresh_every: int = 1,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown: allowed are {', '.join(KINDS)}")
@@ -182,8 +188,9 @@ class TrajectoryBatches:
         self.refreshed = 0
         self._kind, self._batch_size, self._seed = kind, batch_size, seed
         self._max_columns, self._max_positions = max_columns, max_positions
-        self._rank, self._world_size, self._refresh = rank, world_size, refresh
-        self._states = states
+        self._rank, self._world_size = rank, world_size
+        self._states, self._augment = states, augment
+        self._refresh, self._refresh_every = refresh, refresh_every
         self._pool = list(self._fitting(trajectories))
         if not self._pool:
             raise ValueError(
@@ -192,7 +199,9 @@ class TrajectoryBatches:
             )
         self.fingerprint = _fingerprint(self._pool)
         self._identity = {"trajectories": self.fingerprint, "kind": kind, "seed": seed}
-        self._identity |= {"states": states} if states > 1 else {}
+        # None where nothing is said, as in what runs saved before there was a choice.
+        several = states if states > 1 else None
+        self._identity |= {"states": several, "augment": augment or None}
         self._row = 0
 
     def __len__(self) -> int:
@@ -203,23 +212,26 @@ class TrajectoryBatches:
         return self
 
     def __next__(self) -> PackedRows:
-        for new in self._new():
-            self._pool[self.refreshed % len(self._pool)] = new
-            self.refreshed += 1
+        self._draw_anew()
         first = self._row + self._rank * self._batch_size
         self._row += self._world_size * self._batch_size
         numbers = range(first, first + self._batch_size)
         return _join([self._draw(number) for number in numbers])
 
     def state_dict(self) -> dict[str, Any]:
-        pool = [asdict(trajectory) for trajectory in self._pool] if self._refresh else None
-        return {"row": self._row, "refreshed": self.refreshed, "pool": pool, **self._identity}
+        pool, drawn = None, 0
+        if self._refresh:
+            pool, drawn = [asdict(trajectory) for trajectory in self._pool], self._refresh.drawn
+        counts = {"row": self._row, "refreshed": self.refreshed, "drawn": drawn}
+        return {**counts, "pool": pool, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_identity(state, self._identity)
         self._row, self.refreshed = state["row"], state["refreshed"]
         if state["pool"] is not None:
             self._pool = [Trajectory(**trajectory) for trajectory in state["pool"]]
+        if self._refresh:
+            self._refresh.drawn = state["drawn"]
 
     def _draw(self, number: int) -> _Row:
         epoch, place = divmod(number, len(self._pool))
@@ -228,10 +240,17 @@ class TrajectoryBatches:
         random = np.random.default_rng([self._seed, epoch, place])
         guesses = [len(states) - 1 for states in trajectory.windows]
         chosen = [random.choice(n, min(n, self._states), False).tolist() for n in guesses]
+        if self._augment:
+            trajectory = augmented(trajectory, int(random.integers(2**32)))
         return _pack(trajectory, chosen, self._kind)
 
-    def _new(self) -> Iterator[Trajectory]:
-        return islice(self._fitting(self._refresh or ()), self._batch_size)
+    def _draw_anew(self) -> None:
+        number = self._row // (self._world_size * self._batch_size) + 1
+        if self._refresh is None or number % self._refresh_every:
+            return
+        for new in self._fitting(self._refresh.draw(self._batch_size)):
+            self._pool[self.refreshed % len(self._pool)] = new
+            self.refreshed += 1
 
     def _fitting(self, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
         """Those whose rows are never too long; counts what is skipped."""

@@ -15,9 +15,9 @@ Letters: B rows, C columns of a pass, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,9 @@ class Collection:
         batch_size: int = 8,
         sampling: Sampling | None = None,
     ) -> None:
-        _check(model, requests, window, batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        check_requests(model, requests, window)
         self.model, self.requests, self.window = model, requests, window
         self.sampling = sampling or Sampling()
         rows = min(batch_size, len(requests))
@@ -134,10 +136,10 @@ class Collection:
         return torch.tensor(ids, device=self.cache.k.device)
 
 
-def _check(model: Any, requests: Sequence[Request], window: int, batch_size: int) -> None:
-    for key, value in (("window", window), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
+def check_requests(model: Any, requests: Sequence[Request], window: int) -> None:
+    """ValueError names what cannot be collected."""
+    if window < 1:
+        raise ValueError(f"window={window} must be at least 1")
     for i, request in enumerate(requests):
         check_request(model, i, replace(request, max_new_tokens=whole_windows(request, window)))
 
@@ -197,57 +199,6 @@ class _Row:
 
     def trajectory(self) -> Trajectory:
         return Trajectory(list(self.request.prompt), self.windows, len(self.response))
-
-
-class OnPolicy:
-    """Trajectories that the model makes as it is when they are wanted, without end: `batch_size`
-    prompts at a time, in turn, each time with another seed, and with them other first guesses. The
-    model decodes in one process, from its own weights.
-
-    ValueError at once where a prompt cannot be collected, see `Collection`.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        window: int = 16,
-        max_new_tokens: int = 256,
-        seed: int = 0,
-        batch_size: int = 8,
-        stop: Callable[[list[int]], bool] | None = None,
-        sampling: Sampling | None = None,
-    ) -> None:
-        if not prompts:
-            raise ValueError("no prompts to make trajectories from")
-        self.requests = [
-            Request(prompt, max_new_tokens, seed + i, stop) for i, prompt in enumerate(prompts)
-        ]
-        _check(model, self.requests, window, batch_size)
-        self.model, self.window, self.batch_size = model, window, batch_size
-        self.sampling, self.drawn = sampling, 0
-        self.waiting: list[Trajectory] = []
-
-    def __iter__(self) -> OnPolicy:
-        return self
-
-    def __next__(self) -> Trajectory:
-        if not self.waiting:
-            some = [self._request(self.drawn + i) for i in range(self.batch_size)]
-            collection = Collection(self.model, some, self.window, self.batch_size, self.sampling)
-            self.waiting, self.drawn = list(collection)[::-1], self.drawn + self.batch_size
-        return self.waiting.pop()
-
-    def _request(self, number: int) -> Request:
-        """Seeds of a later turn follow those of the one before."""
-        request = self.requests[number % len(self.requests)]
-        return replace(request, seed=self.requests[0].seed + number)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self.drawn, "waiting": [asdict(t) for t in self.waiting]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.drawn, self.waiting = state["drawn"], [Trajectory(**t) for t in state["waiting"]]
 
 
 def augmented(trajectory: Trajectory, seed: int) -> Trajectory:
