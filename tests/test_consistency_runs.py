@@ -65,6 +65,13 @@ def collected(config):
     return list(read_trajectories(where, ByteTokenizer().fingerprint, WINDOW))
 
 
+def rewrite(config, old, new):
+    """In the collection's header."""
+    (shard,) = Path(config.consistency.trajectories).glob("shard-*")
+    assert old in shard.read_text()
+    shard.write_text(shard.read_text().replace(old, new))
+
+
 def test_a_run_starts_from_a_checkpoint_learns_and_tells_both_losses(config, caplog):
     caplog.set_level(logging.INFO)
     start = checkpoint.load(config.init_from)
@@ -108,6 +115,15 @@ def test_on_policy_training_reads_what_the_model_in_training_says(config):
     assert before != after
     assert pool[:4] == before[:2] + after[2:4]
     assert pool[4:] == list(map(asdict, collected(config)[4:]))
+
+
+def test_new_trajectories_have_to_pass_the_collections_filters(config):
+    config.consistency = replace(config.consistency, refresh_every=1)
+    rewrite(config, '"min_tokens":0', '"min_tokens":11')  # of 10 at most
+    run(config)
+    state = checkpoint.load_training(config.run_dir).progress["data"]
+    assert state["drawn"] == 8 and state["refreshed"] == 0
+    assert state["pool"] == list(map(asdict, collected(config)))
 
 
 def test_a_base_run_that_went_on_does_not_keep_a_run_from_resuming(config):
@@ -163,8 +179,7 @@ def test_trajectories_of_another_window_are_refused_before_training(config):
 
 def test_on_policy_training_that_cannot_work_is_refused_before_training(config, monkeypatch):
     config.consistency = replace(config.consistency, refresh_every=1)
-    shard = next(Path(config.consistency.trajectories).glob("shard-*"))
-    shard.write_text(shard.read_text().replace('"ends":[256],', ""))
+    rewrite(config, '"ends":[256],', "")
     with pytest.raises(ValueError, match=r"do not say .*'ends'.*collect_trajectories.py writes"):
         run(config, hooks=[too_late])
     monkeypatch.setattr("mtp.run.world_size", lambda: 2)
