@@ -32,10 +32,11 @@ from benchmarks.record import parse, record
 from benchmarks.shapes import shape
 from benchmarks.timing import fastest_threads, seconds, spread
 from mtp.blocks import compile_blocks
+from mtp.estimate import estimate
 from mtp.hooks import peak_flops
 from mtp.loss import MultiTokenLoss, plain_batch, reference, sequential
 from mtp.model import ModelConfig, Transformer
-from mtp.run import estimate, find_device
+from mtp.run import find_device
 from mtp.train import TrainConfig
 
 HEADS = (1, 4, 8)

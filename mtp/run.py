@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -28,6 +26,7 @@ from mtp.consistency.on_policy import as_collected
 from mtp.consistency.packing import TrajectoryBatches
 from mtp.data import Batches, Corpus, DataConfig, StreamingBatches, iter_documents, load_corpus
 from mtp.distributed import from_rank_zero, processes, rank, world_size
+from mtp.estimate import describe, estimate
 from mtp.hooks import (
     JsonlLog,
     Samples,
@@ -40,12 +39,12 @@ from mtp.hooks import (
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
 from mtp.optim import Optimizer
+from mtp.run_dir import open_run_dir, resume_word
 from mtp.tokenizer import Tokenizer, load_tokenizer
 from mtp.train import Batches as Source
 from mtp.train import Hook, Loss, Progress, TrainConfig, prepare, train, validate
 
 log = logging.getLogger("mtp")
-RESUME = ("false", "true", "auto")
 RECORD, METRICS = "run.json", "metrics.jsonl"
 
 
@@ -89,14 +88,6 @@ class RunConfig:
                 raise ValueError(f"{key}: not together with init_from, which brings its own")
 
 
-def resume_word(resume: object) -> str:
-    """One of RESUME: YAML reads the first two as booleans."""
-    word = str(resume).lower()
-    if word not in RESUME:
-        raise ValueError(f"resume={word!r}: allowed are {', '.join(RESUME)}")
-    return word
-
-
 def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
     """Train as configured, or say what it will take (None). What cannot work is refused before
     anything is loaded. The same call in every process where torchrun or srun started several.
@@ -108,12 +99,11 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
 
 
 def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Progress | None:
-    info = log.info if rank() == 0 else log.debug
     run_dir, objective = Path(config.run_dir), OBJECTIVES[config.objective]
     tokenizer, model_config = _starting_point(config)
     loss_fn = objective.loss(config, model_config)
     expected = estimate(model_config, config.train, config.data.seq_len)
-    info("%s", describe(expected))
+    _info("%s", describe(expected))
     if config.dry_run:
         return None
     source = from_rank_zero(lambda: open_run_dir(run_dir, config.resume, expected["disk_bytes"]))
@@ -163,27 +153,12 @@ def train_in(
     hooks: by the step at which training begins. record: the run as configured, for run.json. notes:
     what checkpoints are to remember.
     """
-    info, state = log.info if rank() == 0 else log.debug, None
-    if source is not None:
-        checkpoint.load_weights(model, source)
-        state = checkpoint.load_training(source, model)
-        info("going on from %s", source)
+    state = None if source is None else _resumed(model, source)
     at_start = state.progress["step"] if state else 0
     if at_start >= config.steps:
-        info("the run has done its %d steps already: nothing is left to do", at_start)
+        _info("the run has done its %d steps already: nothing is left to do", at_start)
     if rank() == 0:
         checkpoint.write_text(run_dir / RECORD, json.dumps(record, indent=1))
-
-    def save(progress: Progress, optimizer: Optimizer) -> None:
-        training = checkpoint.TrainingState(
-            progress.counters() | {"data": batches.state_dict()}, optimizer.state_dict()
-        )
-        folder = run_dir / "checkpoints" / f"step-{progress.step:08d}"
-        checkpoint.save(model, folder, tokenizer, training, notes)
-        info("saved %s", folder)
-        if rank() == 0:
-            checkpoint.tidy(run_dir, config.keep_last)
-
     with StopSignals() as stop:
         progress = train(
             model,
@@ -192,15 +167,40 @@ def train_in(
             config,
             hooks=hooks(at_start),
             evaluate=evaluate,
-            save=save,
+            save=_saver(run_dir, batches, tokenizer, notes, config.keep_last),
             resume=state,
             stop=stop,
         )
     if progress.stopped:
-        info(
-            "stopped after step %d, saved; the same command goes on with resume=true", progress.step
-        )
+        said = "stopped after step %d, saved; the same command goes on with resume=true"
+        _info(said, progress.step)
     return progress
+
+
+def _resumed(model: Any, source: Path) -> checkpoint.TrainingState:
+    checkpoint.load_weights(model, source)
+    state = checkpoint.load_training(source, model)
+    _info("going on from %s", source)
+    return state
+
+
+def _info(text: str, *values: object) -> None:
+    log.log(logging.INFO if rank() == 0 else logging.DEBUG, text, *values)
+
+
+def _saver(
+    run_dir: Path, batches: Source, tokenizer: Tokenizer, notes: dict[str, Any], keep: int | None
+) -> Callable[[Progress, Optimizer], None]:
+    def save(progress: Progress, optimizer: Optimizer) -> None:
+        counters = progress.counters() | {"data": batches.state_dict()}
+        training = checkpoint.TrainingState(counters, optimizer.state_dict())
+        folder = run_dir / "checkpoints" / f"step-{progress.step:08d}"
+        checkpoint.save(progress.model, folder, tokenizer, training, notes)
+        _info("saved %s", folder)
+        if rank() == 0:
+            checkpoint.tidy(run_dir, keep)
+
+    return save
 
 
 def _starting_point(config: RunConfig) -> tuple[Tokenizer, ModelConfig]:
@@ -359,34 +359,6 @@ OBJECTIVES = {
 }
 
 
-def open_run_dir(run_dir: Path, resume: str, disk_bytes: float) -> Path | None:
-    """Make sure that the run can write there, and that nothing is mixed up with an earlier run; ->
-    the checkpoint to go on from.
-    """
-    started = bool(checkpoint.of_run(run_dir))
-    if started and resume == "false":
-        raise ValueError(
-            f"run_dir={run_dir} holds a run already: say resume=true or choose another"
-        )
-    if not started and resume == "true":
-        raise ValueError(f"resume=true, but run_dir={run_dir} holds no checkpoint")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()
-    except OSError as error:
-        raise OSError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
-    checkpoint.tidy(run_dir, None)
-    written = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*.safetensors"))
-    free, needed = shutil.disk_usage(run_dir).free, disk_bytes - written
-    if free < needed:
-        raise OSError(
-            f"run_dir={run_dir} has {free / 2**20:,.1f} MiB free, the run's checkpoints need about "
-            f"{needed / 2**20:,.1f}: save less often (train.save_every), keep fewer "
-            f"(train.keep_last) or write elsewhere"
-        )
-    return checkpoint.newest_intact(run_dir) if started else None
-
-
 def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
     """Some keys, such as model.head, change what weights mean but not their shapes."""
     old, new = asdict(saved), asdict(wanted)
@@ -395,52 +367,3 @@ def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
         raise ValueError(
             f"resume=true, but the checkpoint's model is another: {', '.join(changed)}"
         )
-
-
-def estimate(model: ModelConfig, config: TrainConfig, seq_len: int) -> dict[str, float]:
-    """What a run will take, before anything is allocated: parameters, bytes of memory and disk,
-    floating-point operations.
-
-    Memory is weights, gradients, AdamW's two moments and a coarse count of the activations a block
-    keeps; operations are 6 per multiplied parameter and token (each head its own unembedding) plus
-    attention.
-    """
-    with torch.device("meta"):
-        shapes = Transformer(model)
-    parameters = sum(p.numel() for p in shapes.parameters())
-    unembedding = model.vocab_size * model.dim
-    multiplied = (
-        sum(p.numel() for b in shapes.blocks for p in b.parameters())
-        + model.n_future_tokens * unembedding
-    )
-    tokens = config.batch_size * seq_len
-    width = 2 if config.precision == "bfloat16" else 4
-    activations = tokens * len(shapes.blocks) * (12 * model.dim + 4 * model.ffn_dim) * width
-    attention_layers = shapes.next_layers + shapes.rest_layers
-    per_token = 6 * multiplied + 6 * attention_layers * model.dim * seq_len
-    return {
-        "parameters": parameters,
-        "memory_bytes": 16 * parameters + activations,
-        "flops_per_token": per_token,
-        "flops": per_token * tokens * config.accumulation * config.steps * world_size(),
-        "disk_bytes": disk_bytes(parameters, config),
-    }
-
-
-def disk_bytes(parameters: int, config: TrainConfig) -> int:
-    """What a run's checkpoints take: weights and AdamW's two moments, of each that stays."""
-    saves = -(-config.steps // config.save_every) if config.save_every else 1
-    if config.keep_last:  # one more while the oldest is not gone yet
-        saves = min(saves, config.keep_last + 1)
-    return 12 * parameters * saves
-
-
-def describe(expected: dict[str, float]) -> str:
-    """One line for people."""
-    return (
-        f"{expected['parameters'] / 1e6:,.2f}M parameters, "
-        f"about {expected['memory_bytes'] / 2**30:,.2f} GiB of memory, "
-        f"{expected['flops_per_token'] / 1e6:,.1f} MFLOP per token, "
-        f"{expected['flops'] / 1e12:,.1f} TFLOP in all, "
-        f"{expected['disk_bytes'] / 2**20:,.0f} MiB of disk"
-    )

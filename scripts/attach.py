@@ -22,6 +22,7 @@ from omegaconf import MISSING
 
 from mtp.data import Batches, Corpus, frequent_tokens, load_corpora
 from mtp.documents import DataConfig
+from mtp.estimate import disk_bytes
 from mtp.hooks import JsonlLog, console
 from mtp.interop.attach import KINDS, AttachedHeads, attach_heads, load_heads, save_heads
 from mtp.interop.draft_loss import DraftLoss
@@ -31,13 +32,11 @@ from mtp.interop.tuning import LEARNING, save_trunk, tune
 from mtp.run import (
     METRICS,
     RECORD,
-    disk_bytes,
     evaluator,
     find_device,
-    open_run_dir,
-    resume_word,
     train_in,
 )
+from mtp.run_dir import open_run_dir, resume_word
 from mtp.train import PRECISIONS, TrainConfig
 from scripts.cli import launch
 

@@ -11,10 +11,11 @@ import torch
 
 from mtp.decode.sampling import Sampling
 from mtp.documents import DataConfig
+from mtp.estimate import estimate
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
 from mtp.optim import OptimConfig
-from mtp.run import RunConfig, estimate
+from mtp.run import RunConfig
 from mtp.train import TrainConfig
 
 hydra = pytest.importorskip("hydra")

@@ -60,7 +60,7 @@ SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only t
 ORDERED = [
     *("mtp.consistency.trajectories", "mtp.consistency.files", "mtp.consistency.measures"),
     *("mtp.consistency.on_policy", "mtp.consistency.packing", "mtp.consistency.loss"),
-    *("mtp.train", "mtp.hooks", "mtp.run"),
+    *("mtp.train", "mtp.estimate", "mtp.hooks", "mtp.run_dir", "mtp.run"),
 ]
 ABOVE = {  # some of USERS, or of those before
     "mtp.interop.sequential": {"mtp.interop.attach", "mtp.interop.llama"},

@@ -13,10 +13,11 @@ import mtp
 from mtp import checkpoint
 from mtp.data import Batches, load_corpus
 from mtp.documents import DataConfig
+from mtp.estimate import describe, estimate
 from mtp.hooks import read_jsonl
 from mtp.model import ModelConfig, Transformer
 from mtp.optim import OptimConfig
-from mtp.run import RunConfig, describe, estimate, find_device, run
+from mtp.run import RunConfig, find_device, run
 from mtp.tokenizer import ByteTokenizer
 from mtp.train import TrainConfig, validate
 
