@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +62,9 @@ def with_packed_linears(model: Model) -> Model:
         if type(module) is nn.Linear:  # others may do more than multiply
             shared[id(module)] = PackedLinear(module.weight, module.bias)
     return copy.deepcopy(model, shared)
+
+
+def refuse_packed(model: Any) -> None:
+    """ValueError if it is such a copy, where it is to be saved."""
+    if model.output.packed:
+        raise ValueError("a packed copy only decodes: save the model that it was made from")

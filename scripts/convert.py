@@ -16,10 +16,11 @@ from omegaconf import MISSING
 
 import mtp
 from mtp import checkpoint
-from mtp.interop.attach import AttachedHeads, load_heads, save_medusa
+from mtp.interop.attach import AttachedHeads, load_heads
 from mtp.interop.fetch import fetched
 from mtp.interop.folder import load_causal_lm
 from mtp.interop.llama import load_llama, save_llama
+from mtp.interop.medusa import save_medusa
 from mtp.interop.meta import load_meta, save_meta
 from mtp.interop.sequential import save_mimo, save_transformers
 from mtp.interop.speculative import save_speculative

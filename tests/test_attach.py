@@ -37,9 +37,9 @@ from mtp.interop.attach import (  # noqa: E402
     attach_heads,
     load_heads,
     save_heads,
-    save_medusa,
 )
 from mtp.interop.huggingface import CausalLM  # noqa: E402
+from mtp.interop.medusa import save_medusa  # noqa: E402
 from mtp.loss import MultiTokenLoss, future_targets, plain_batch  # noqa: E402
 from mtp.optim import OptimConfig, Optimizer  # noqa: E402
 from mtp.train import TrainConfig, train, validate  # noqa: E402

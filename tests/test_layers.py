@@ -64,6 +64,7 @@ ORDERED = [
 ]
 ABOVE = {  # some of USERS, or of those before
     "mtp.interop.sequential": {"mtp.interop.attach", "mtp.interop.llama"},
+    "mtp.interop.medusa": {"mtp.interop.attach"},
     "mtp.interop.folder": {
         *("mtp.interop.attach", "mtp.interop.huggingface", "mtp.interop.llama"),
     },

@@ -5,7 +5,6 @@ adapter `mtp.interop.huggingface.CausalLM`.
     train(model, batches, MultiTokenLoss(4), config)       only heads learn
     generate(model, requests, OwnHeads())                  the trunk's own text, in fewer steps
     save_heads(model, folder);  load_heads(CausalLM(theirs), folder)
-    save_medusa(model, folder)                             for servers that run Medusa's heads
 
 Head 1 is the model itself, which stays as it is. Heads 2..n read what its unembedding reads and
 share that matrix; each adds something to it that is zero at first, so that a fresh head repeats
@@ -35,7 +34,6 @@ from torch import Tensor, nn
 
 from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.decode.contract import Layout, Sizes, chain
-from mtp.decode.drafters import OwnHeads
 from mtp.heads import (
     HEADS,
     CausalHeads,
@@ -49,7 +47,7 @@ from mtp.heads import (
 )
 from mtp.loss import Score
 from mtp.model import Block, ModelConfig, Rotary, Transformer, Unembedding
-from mtp.packed import Matrix, project, with_packed_linears
+from mtp.packed import Matrix, project, refuse_packed, with_packed_linears
 
 CONFIG, WEIGHTS = "heads.json", "heads.safetensors"
 FORMAT_VERSION = 1
@@ -321,7 +319,7 @@ def save_heads(model: AttachedHeads, folder: str | Path) -> Path:
     """Write the heads alone, with what tells their trunk from others: `heads.json` and
     `heads.safetensors`, both or neither. FileExistsError, OSError: see `mtp.checkpoint.save`.
     """
-    _refuse_packed(model)
+    refuse_packed(model)
     folder = Path(folder)
     weights = {name: t.contiguous() for name, t in model.heads.state_dict().items()}
     config = {
@@ -334,11 +332,6 @@ def save_heads(model: AttachedHeads, folder: str | Path) -> Path:
         write_tensors(weights, temporary / WEIGHTS, PYTORCH)
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return folder
-
-
-def _refuse_packed(model: AttachedHeads) -> None:
-    if model.output.packed:
-        raise ValueError("a packed copy only decodes: save the model that it was made from")
 
 
 def load_heads(model: Any, folder: str | Path, realign: bool = False) -> AttachedHeads:
@@ -359,47 +352,6 @@ def load_heads(model: Any, folder: str | Path, realign: bool = False) -> Attache
         )
     _fill(fresh.heads, folder / WEIGHTS)
     return fresh
-
-
-def save_medusa(
-    model: AttachedHeads, folder: str | Path, vocabulary: Sequence[int] | Tensor | None = None
-) -> Path:
-    """Write residual heads as the Medusa draft model that vLLM loads beside the trunk:
-    `config.json`, `model.safetensors`. The layout is tested; no server has run it here.
-
-    vocabulary: the only ids that heads are to score, see `OwnHeads`; the unembedding's other rows
-    stay behind. FileExistsError, OSError: see `mtp.checkpoint.save`.
-    """
-    if model.kind != "residual":
-        raise ValueError(f"kind={model.kind!r} is no Medusa head: allowed is residual")
-    _refuse_packed(model)
-    folder, drafter = Path(folder), OwnHeads(vocabulary=vocabulary)
-    drafter.attach(model)
-    matrix = model.output.weights[0].detach()
-    if vocabulary is not None:
-        matrix = matrix[drafter.ids]
-    weights = {"lm_head.weight": matrix}
-    for i in range(model.extra_heads):
-        proj = model.heads.get_parameter(f"heads.{i + 1}.proj.weight")
-        weights[f"blocks.{i}.layers.0.weight"] = proj.detach().to(matrix)
-    if vocabulary is not None:
-        weights["token_map"] = drafter.ids
-    config = {
-        "architectures": ["MedusaModel"],
-        "model_type": "medusa",
-        "hidden_size": matrix.shape[1],
-        "vocab_size": model.config.vocab_size,
-        "truncated_vocab_size": len(matrix),
-        "num_heads": model.extra_heads,
-        "num_hidden_layers": 1,
-        "original_lm_head": True,  # one unembedding for all heads
-        "medusa_fc_bias": False,
-        "torch_dtype": str(matrix.dtype).removeprefix("torch."),
-    }
-    with whole(folder, sum(t.nbytes for t in weights.values())) as temporary:
-        write_tensors(weights, temporary / "model.safetensors", PYTORCH)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return folder
 
 
 def describe(trunk: Trunk) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from mtp.interop.attach import AttachedHeads
 from mtp.interop.llama import Like, layer_weights, llama_config, llama_weights, write_folder
 from mtp.model import Transformer
+from mtp.packed import refuse_packed
 
 Weights = dict[str, Tensor]
 
@@ -101,8 +102,7 @@ def _parts(model: Transformer | AttachedHeads) -> Parts:
         )
     if trunk.config.unembedding == "replicated":
         raise ValueError("unembedding=replicated: these layouts have one for all heads: shared")
-    if trunk.output.packed:
-        raise ValueError("a packed copy only decodes: save the model that it was made from")
+    refuse_packed(trunk)
     return Parts(trunk, list(model.heads.heads[1:]))
 
 

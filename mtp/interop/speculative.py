@@ -22,6 +22,7 @@ from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.interop.attach import AttachedHeads
 from mtp.interop.llama import Like, layer_weights, llama_config, save_llama, take_along
 from mtp.model import Block, ModelConfig, Transformer
+from mtp.packed import refuse_packed
 
 PLACE = "custom_generate"  # where transformers looks
 CODE = Path(__file__).with_name("custom_generate.py")
@@ -64,8 +65,7 @@ def _check(model: Transformer | AttachedHeads) -> None:
         raise ValueError("n_future_tokens=1: there is no head to draft with")
     if len(model.output.weights) > 1:
         raise ValueError("unembedding='replicated': heads can go out with a shared one only")
-    if model.output.packed:
-        raise ValueError("a packed copy only decodes: save the model that it was made from")
+    refuse_packed(model)
     window = (
         getattr(model.trunk.model, "window", None) if isinstance(model, AttachedHeads) else None
     )
