@@ -70,6 +70,9 @@ def console(progress: Progress) -> None:
             " ".join(bits),
             m["val_acceptance_length"],
         )
+    if "val_kl" in m:
+        shares = m["val_acceptance"], m["val_agreement"]
+        log.info("   held out: KL %.3f, acceptance %.3f, agreement %.3f", m["val_kl"], *shares)
 
 
 def _losses(metrics: dict[str, float]) -> str:

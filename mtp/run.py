@@ -25,6 +25,15 @@ from mtp.consistency.loss import ConsistencyConfig, ConsistencyLoss
 from mtp.consistency.on_policy import as_collected
 from mtp.consistency.packing import TrajectoryBatches
 from mtp.data import Batches, Corpus, DataConfig, StreamingBatches, iter_documents, load_corpus
+from mtp.distill import (
+    DistillConfig,
+    DistillLoss,
+    TaughtBatches,
+    check_draft,
+    load_target,
+    make_texts,
+)
+from mtp.distill import evaluator as draft_evaluator
 from mtp.distributed import from_rank_zero, processes, rank, world_size
 from mtp.estimate import describe, estimate
 from mtp.hooks import (
@@ -50,7 +59,8 @@ RECORD, METRICS = "run.json", "metrics.jsonl"
 
 @dataclass
 class RunConfig:
-    """model.vocab_size comes from the tokenizer. objective: tokens of a corpus, or consistency.
+    """model.vocab_size comes from the tokenizer. objective: tokens of a corpus, consistency, or
+    distill, whose tokenizer and vocabulary are the target's.
     init_from: a checkpoint or run directory to start from, which brings model and tokenizer.
     resume: go on from run_dir's newest checkpoint; auto: if there is one. dry_run: only say what
     the run will take. wandb: a project's name. head_weights: one per head, null for all 1.
@@ -71,6 +81,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -81,11 +92,19 @@ class RunConfig:
             raise ValueError("consistency.trajectories: give the folder of a collection")
         if self.objective == "consistency" and self.init_from is None:
             raise ValueError("init_from: give the model that consistency.trajectories are of")
-        if self.init_from is None:
-            return
-        for key, value in (("model", ModelConfig()), ("data.tokenizer", DataConfig.tokenizer)):
+        if self.objective == "distill" and self.distill.target is None:
+            raise ValueError(
+                "distill.target: give the run or checkpoint of the model to stand in for"
+            )
+        brought: list[tuple[str, str, object]] = []
+        if self.objective == "distill":
+            brought += [("distill.target", "data.tokenizer", DataConfig.tokenizer)]
+        if self.init_from is not None:
+            brought += [("init_from", "model", ModelConfig())]
+            brought += [("init_from", "data.tokenizer", DataConfig.tokenizer)]
+        for source, key, value in brought:
             if attrgetter(key)(self) != value:
-                raise ValueError(f"{key}: not together with init_from, which brings its own")
+                raise ValueError(f"{key}: not together with {source}, which brings its own")
 
 
 def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
@@ -101,7 +120,7 @@ def run(config: RunConfig, hooks: Sequence[Hook] = ()) -> Progress | None:
 def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Progress | None:
     run_dir, objective = Path(config.run_dir), OBJECTIVES[config.objective]
     tokenizer, model_config = _starting_point(config)
-    loss_fn = objective.loss(config, model_config)
+    loss_fn = objective.loss(config, tokenizer, model_config)
     expected = estimate(model_config, config.train, config.data.seq_len)
     _info("%s", describe(expected))
     if config.dry_run:
@@ -211,6 +230,10 @@ def _starting_point(config: RunConfig) -> tuple[Tokenizer, ModelConfig]:
     if config.init_from is not None:
         folder = checkpoint.find(config.init_from)
         return checkpoint.load_tokenizer(folder), checkpoint.load_config(folder)
+    if config.objective == "distill":
+        folder = checkpoint.find(str(config.distill.target))
+        vocab_size = checkpoint.load_config(folder).vocab_size
+        return checkpoint.load_tokenizer(folder), replace(config.model, vocab_size=vocab_size)
     tokenizer = load_tokenizer(config.data.tokenizer)
     return tokenizer, replace(config.model, vocab_size=tokenizer.vocab_size)
 
@@ -286,11 +309,11 @@ class Objective(NamedTuple):
     model that gets its weights later, where a run begins from a checkpoint from the folder given.
     """
 
-    loss: Callable[[RunConfig, ModelConfig], Loss]
+    loss: Callable[[RunConfig, Tokenizer, ModelConfig], Loss]
     data: Callable[[RunConfig, Tokenizer, Transformer, Path | None], Data]
 
 
-def _token_loss(config: RunConfig, model: ModelConfig) -> Loss:
+def _token_loss(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Loss:
     seq_len, n = config.data.seq_len, model.n_future_tokens
     if seq_len > model.max_seq_len:
         raise ValueError(f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}")
@@ -315,7 +338,7 @@ def _tokens(
     return Data(batches, evaluate, {"data": corpus.fingerprint})
 
 
-def _consistency_loss(config: RunConfig, model: ModelConfig) -> Loss:
+def _consistency_loss(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Loss:
     if config.consistency.refresh_every and world_size() > 1:
         raise ValueError(
             f"consistency.refresh_every={config.consistency.refresh_every}: the model in training "
@@ -353,9 +376,26 @@ def _trajectories(
     return Data(batches, None, {"data": batches.fingerprint})
 
 
+def _distill_loss(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> Loss:
+    check_draft(config.distill, config.data, tokenizer, model)
+    return DistillLoss()
+
+
+def _taught(
+    config: RunConfig, tokenizer: Tokenizer, model: Transformer, start: Path | None
+) -> Data:
+    target = load_target(config.distill, find_device(config.device))
+    name = checkpoint.fingerprint(checkpoint.find(str(config.distill.target)))
+    given = config.distill, config.data, tokenizer, target, config.train.batch_size
+    batches, held_out = (TaughtBatches(target, name, make_texts(*given, p)) for p in (False, True))
+    evaluate = draft_evaluator(held_out, config.train.eval_batches)
+    return Data(batches, evaluate, {"target": name})
+
+
 OBJECTIVES = {
     "tokens": Objective(_token_loss, _tokens),
     "consistency": Objective(_consistency_loss, _trajectories),
+    "distill": Objective(_distill_loss, _taught),
 }
 
 

@@ -59,11 +59,13 @@ NEEDED = {  # what a command or file leaves to the user
     "data=shards": ["data.path=x"],
     "data=code": ["data.benchmarks=[]"],
     "experiment=consistency": ["consistency.trajectories=x", "init_from=x"],
+    "experiment=distill_draft": ["distill.target=x"],
     "attach=7b_lora": ["trunk=x", "data.path=y"],
 }
 STREAM = DataConfig("datasets", "x", val_split="x", streaming=True)
 # Gloeckle et al. 2024, table S14: the small models' names leave out the embeddings.
 NON_EMBEDDING = ("1m", "3m", "10m", "30m", "100m", "300m", "1b")
+DRAFTS = ("draft_0.5m", "draft_2m", "draft_8m")  # all parameters, with a vocabulary of bytes
 TOTAL = ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b")
 
 
@@ -154,7 +156,7 @@ def said(name):
 
 
 def test_every_model_is_measured():
-    assert sorted(NON_EMBEDDING + TOTAL) == names("model")
+    assert sorted(NON_EMBEDDING + TOTAL + DRAFTS) == names("model")
 
 
 @pytest.mark.parametrize("name", NON_EMBEDDING)
@@ -165,6 +167,12 @@ def test_small_models_are_named_after_their_non_embedding_parameters(name):
 @pytest.mark.parametrize("name", TOTAL)
 def test_large_models_are_named_after_all_parameters(name):
     assert parameters(name, 4)[0] == pytest.approx(said(name), rel=0.15)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_drafts_are_named_after_all_parameters_and_learn_the_next_token(name):
+    assert parameters(name, 1)[0] == pytest.approx(said(name.removeprefix("draft_")), rel=0.1)
+    assert compose("train", f"model={name}").model.n_future_tokens == 1
 
 
 @pytest.mark.parametrize("name", NON_EMBEDDING + TOTAL)

@@ -11,9 +11,10 @@ from conftest import KINDS, tiny
 
 from mtp.blocks import compile_blocks
 from mtp.consistency import packing
-from mtp.consistency.loss import DIVERGENCES, ConsistencyConfig, ConsistencyLoss, distil
+from mtp.consistency.loss import DIVERGENCES, ConsistencyConfig, ConsistencyLoss
 from mtp.consistency.packing import TrajectoryBatches, _pack, scored
 from mtp.consistency.trajectories import Trajectory
+from mtp.divergence import distil
 
 VOCAB, WINDOW = 13, 4
 

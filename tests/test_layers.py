@@ -42,6 +42,7 @@ EXACT = {
     "mtp.decode.lookup": {"mtp.decode.contract"},
     "mtp.decode.jacobi": {"mtp.decode.contract", "mtp.decode.sampling"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
+    "mtp.divergence": {"mtp.loss"},
     "mtp.evaluate.sql": {"mtp.evaluate.schemas"},
     "mtp.evaluate.code": {
         *("mtp.decode.contract", "mtp.documents", "mtp.evaluate.sandbox", "mtp.tokenizer"),
@@ -60,7 +61,7 @@ SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only t
 ORDERED = [
     *("mtp.consistency.trajectories", "mtp.consistency.files", "mtp.consistency.measures"),
     *("mtp.consistency.on_policy", "mtp.consistency.packing", "mtp.consistency.loss"),
-    *("mtp.train", "mtp.estimate", "mtp.hooks", "mtp.run_dir", "mtp.run"),
+    *("mtp.train", "mtp.distill", "mtp.estimate", "mtp.hooks", "mtp.run_dir", "mtp.run"),
 ]
 ABOVE = {  # some of USERS, or of those before
     "mtp.interop.sequential": {"mtp.interop.attach", "mtp.interop.llama"},

@@ -14,16 +14,14 @@ Letters: M scored columns of states, K predicted response tokens, D width, V voc
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp.consistency.packing import KINDS, PackedRows
-from mtp.loss import Metrics, StoredGradient, chunk_size, compute_dtype, sequential, wide
+from mtp.divergence import Divergence, distil, forward_kl, jsd, reverse_kl
+from mtp.loss import Metrics, sequential, wide
 
 
 @dataclass
@@ -63,83 +61,13 @@ class ConsistencyConfig:
             )
 
 
-# Divergences between predictions, (M, V) logits of student and teacher -> (M,).
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities."""
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-
-
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _kl(teacher.log_softmax(-1), student.log_softmax(-1))
-
-
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _kl(student.log_softmax(-1), teacher.log_softmax(-1))
-
-
-def jsd(student: Tensor, teacher: Tensor) -> Tensor:
-    """Jensen-Shannon: the mean of both KL divergences from the mixture."""
-    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
-    mixture = torch.logaddexp(p, q) - math.log(2)
-    return (_kl(p, mixture) + _kl(q, mixture)) / 2
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+# name -> how two predictions differ.
+DIVERGENCES: dict[str, Divergence | None] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "hard": None,  # cross-entropy on the fixed point's own tokens: no teacher
 }
-
-
-def distil(
-    divergence: Callable[[Tensor, Tensor], Tensor],
-    latent_MD: Tensor,
-    teacher_MD: Tensor,
-    weight_VD: Tensor,
-    scale: Tensor,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """scale x the sum over M of the divergence between what two latents predict, and that sum,
-    detached. Gradients reach the student's latents and the weight through them; the teacher is
-    constant.
-
-    As in `mtp.loss.sequential`, `chunk` positions are unembedded at a time, and gradients are made
-    in forward.
-    """
-    grads = torch.zeros_like(latent_MD), torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype))
-    value = _distil_chunks(
-        divergence, (latent_MD, teacher_MD, weight_VD), grads, chunk or chunk_size(weight_VD)
-    )
-    total = scale * value
-    for tensor, grad in zip((latent_MD, weight_VD), grads, strict=True):
-        total = StoredGradient.apply(total, tensor, grad * scale)
-    return total, value
-
-
-@torch.no_grad()
-def _distil_chunks(
-    divergence: Callable[[Tensor, Tensor], Tensor],
-    tensors: tuple[Tensor, Tensor, Tensor],
-    grads: tuple[Tensor, Tensor],
-    chunk: int,
-) -> Tensor:
-    """The sum; adds its gradients to those of the latents and the weight."""
-    dtype = compute_dtype(tensors[0])
-    latent, teacher, weight = (x.detach().to(dtype) for x in tensors)
-    value = torch.zeros((), dtype=wide(dtype), device=latent.device)
-    for start in range(0, len(latent), chunk):
-        at = slice(start, start + chunk)
-        constant, logits = (F.linear(x[at], weight).to(value.dtype) for x in (teacher, latent))
-        with torch.enable_grad():
-            one = divergence(logits.requires_grad_(), constant).sum()
-        g = torch.autograd.grad(one, logits)[0].to(dtype)
-        value += one.detach()
-        grads[0][at] = g @ weight
-        grads[1].add_(g.T @ latent[at])
-    return value
 
 
 @dataclass
