@@ -37,10 +37,11 @@ import torch
 from torch import Tensor
 
 import mtp
-from benchmarks.decode import PLAIN, Decoded, Prompts, decode_ours, figures, take_turns
+from benchmarks.decode import PLAIN, Decoded, Prompts, decode_ours, figures
 from benchmarks.pictures import decode_panels
 from benchmarks.record import parse, record
 from benchmarks.texts import Judge, coverage, movement, rows_of
+from benchmarks.timing import take_turns
 from mtp.data import Corpus, frequent_tokens, iter_documents, load_corpus
 from mtp.decode.depth import AdaptiveDepth
 from mtp.documents import DataConfig, Document, Ids

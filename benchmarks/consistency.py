@@ -47,11 +47,12 @@ from benchmarks.consistency_models import (
     make_models,
     problems_of,
 )
-from benchmarks.decode import PLAIN, Contender, Turns, decode_ours, figures, take_turns
+from benchmarks.decode import PLAIN, Contender, Decoded, decode_ours, figures
 from benchmarks.pictures import consistency_panels
 from benchmarks.record import parse, record
 from benchmarks.task_score import answer, scores
 from benchmarks.tasks import Problem
+from benchmarks.timing import Turns, take_turns
 from benchmarks.trajectory_page import trajectory_page
 from mtp.consistency.measures import collocations, measure
 from mtp.consistency.trajectories import Collection, Trajectory
@@ -120,7 +121,7 @@ def race(
     return {who: {way: of_way(turns, who, way) for way in some} for who, some in ways_of.items()}
 
 
-def of_way(turns: Turns, who: str, way: str) -> dict[str, Any]:
+def of_way(turns: Turns[Decoded], who: str, way: str) -> dict[str, Any]:
     name, plain = f"{who}, {way}", f"{who}, {PLAIN}"
     done = turns.done[name]
     tokens = sum(len(text) - 1 for d in done for text in d.texts)  # the prompt's pass says one

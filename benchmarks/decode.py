@@ -49,7 +49,7 @@ from benchmarks.pictures import decode_panels
 from benchmarks.record import parse, record
 from benchmarks.shapes import shape
 from benchmarks.texts import Judge, OnText, on_text, rows_of
-from benchmarks.timing import copy_bandwidth, fastest_threads, seconds, spread
+from benchmarks.timing import Turns, copy_bandwidth, fastest_threads, spread, take_turns
 from mtp.data import iter_documents
 from mtp.decode.depth import AdaptiveDepth
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup
@@ -206,36 +206,10 @@ def _sums(rows: Iterable[Sequence[int]]) -> list[int]:
     return [sum(column) for column in zip_longest(*rows, fillvalue=0)]
 
 
-# Turns.
+# Figures.
 
 
-class Turns(NamedTuple):
-    """Of every contender, for each group of prompts: seconds of each round, and what came out."""
-
-    took: dict[str, list[list[float]]]
-    done: dict[str, list[Decoded]]
-
-
-def take_turns(
-    found: Mapping[str, Contender], groups: Sequence[Prompts], new: int, rounds: int
-) -> Turns:
-    took: dict[str, list[list[float]]] = {name: [[] for _ in groups] for name in found}
-    done: dict[str, list[Decoded]] = {name: [] for name in found}
-
-    def turn(name: str, group: int) -> None:
-        done[name][group:] = [found[name](groups[group], new)]
-
-    names = list(found)
-    for i in range(rounds):
-        for group in range(len(groups)):
-            first = (i + group) % len(names)
-            order = [*names[first:], *names[:first]]
-            for name in order[::-1] if i % 2 else order:
-                took[name][group].append(seconds(partial(turn, name, group)))
-    return Turns(took, done)
-
-
-def figures(turns: Turns, name: str, rows: int, plain: str = PLAIN) -> dict[str, Any]:
+def figures(turns: Turns[Decoded], name: str, rows: int, plain: str = PLAIN) -> dict[str, Any]:
     """Of one contender at one batch size: what its turns alone say, against those of `plain`."""
     done, medians = turns.done[name], [statistics.median(x) for x in turns.took[name]]
     base = sum(statistics.median(x) for x in turns.took[plain])

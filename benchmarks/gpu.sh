@@ -6,6 +6,9 @@
 #     benchmarks/gpu.sh train      # memory and time of a training step: 300M, 1.3B, 6.7B
 #     benchmarks/gpu.sh decode     # every way to decode: 1.3B, random weights, for what it costs
 #     RUN=runs/bytes8 benchmarks/gpu.sh decode   # a trained model too, for what is accepted
+#     benchmarks/gpu.sh joint      # joint and exact decoding, with joules (pip install nvidia-ml-py): 1.3B,
+#                                  # random weights, for what a pass costs: no guess stands
+#     RUN=runs/sql DRAFT=runs/small benchmarks/gpu.sh joint   # trained models too, for what a token costs
 #     SQL=runs/sql benchmarks/gpu.sh consistency   # a run of text to SQL, of any size: an hour
 #     QUICK=1 RESULTS=/tmp benchmarks/gpu.sh     # toy sizes, anywhere, to try the script
 #
@@ -54,6 +57,14 @@ for what in ${@:-train decode}; do
             part "decode_${gpu}_1.3b" 300 $decode model=1.3b prompts=1
             [[ -z ${RUN:-} ]] || part "decode_${gpu}_$(basename "$RUN")" 280 $decode "model=$RUN" prompts=4
             ;;
+        joint)
+            joint="benchmarks.joint device=cuda precision=bfloat16"
+            part "joint_${gpu}_1.3b" 540 $joint model=1.3b draft=30m prompts=2 new_tokens=64 rounds=2 \
+                'temperatures=[0.0,1.0]' 'widths=[1,4]' 'thresholds=[0.5]' 'depths=[4]'
+            [[ -z ${RUN:-} ]] || part "joint_${gpu}_$(basename "$RUN")" 3600 $joint "model=$RUN" \
+                "draft=${DRAFT:-}" prompts=16 rounds=2 'temperatures=[0.0,0.5,1.0]' 'widths=[1,4]' \
+                'thresholds=[0.1,0.5,0.9]' 'depths=[4]'
+            ;;
         consistency)
             part "consistency_${gpu}_$(basename "${SQL:?names a run of text to SQL}")" 3600 benchmarks.consistency \
                 device=cuda "base=$SQL" "out=${SQL}_consistency_gpu" precision=bfloat16 prompts=20000 steps=3000 \
@@ -67,7 +78,11 @@ for what in ${@:-train decode}; do
             part "decode_${gpu}_1m" 60 benchmarks.decode model=1m batch=1 prompts=1 prompt_tokens=8 \
                 new_tokens=8 rounds=1 pairs=1
             ;;
-        *) echo "error: $what is unknown: allowed are train, decode, consistency" >&2; exit 1 ;;
+        "quick joint")
+            part "joint_${gpu}_1m" 120 benchmarks.joint model=1m draft=1m prompts=1 prompt_tokens=8 \
+                new_tokens=8 rounds=1 'temperatures=[0.0,1.0]' 'widths=[1,2]' 'thresholds=[0.5]' 'depths=[2]'
+            ;;
+        *) echo "error: $what is unknown: allowed are train, decode, joint, consistency" >&2; exit 1 ;;
     esac
 done
 cat <<END

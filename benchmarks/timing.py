@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 ALL_THREADS = torch.get_num_threads()  # as many as cores that this process may use
+Group = TypeVar("Group")  # of texts, or one
+Result = TypeVar("Result")
 
 
 def seconds(call: Callable[[], object], times: int = 1) -> float:
@@ -40,6 +44,40 @@ def ratio(a: Callable[[], object], b: Callable[[], object], repeats: int, burst:
         times = {first: seconds(first, burst), second: seconds(second, burst)}
         pairs.append(times[a] / times[b])
     return statistics.median(pairs)
+
+
+class Turns(NamedTuple, Generic[Result]):
+    """Of every contender, for each group of prompts: seconds of each round, and what came out of
+    the last.
+    """
+
+    took: dict[str, list[list[float]]]
+    done: dict[str, list[Result]]
+
+
+def take_turns(
+    found: Mapping[str, Callable[[Group, int], Result]],
+    groups: Sequence[Group],
+    new: int,
+    rounds: int,
+) -> Turns[Result]:
+    """Every contender (group, new tokens) has every group in every round, in an order that moves on
+    each time and turns round in every other round.
+    """
+    took: dict[str, list[list[float]]] = {name: [[] for _ in groups] for name in found}
+    done: dict[str, list[Result]] = {name: [] for name in found}
+
+    def turn(name: str, group: int) -> None:
+        done[name][group:] = [found[name](groups[group], new)]
+
+    names = list(found)
+    for i in range(rounds):
+        for group in range(len(groups)):
+            first = (i + group) % len(names)
+            order = [*names[first:], *names[:first]]
+            for name in order[::-1] if i % 2 else order:
+                took[name][group].append(seconds(partial(turn, name, group)))
+    return Turns(took, done)
 
 
 def spread(values: Sequence[float]) -> list[float]:

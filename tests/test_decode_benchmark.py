@@ -18,7 +18,6 @@ from benchmarks.decode import (
     PLAIN,
     DecodeConfig,
     Decoded,
-    Turns,
     bandwidth_limit,
     compare,
     disturbances,
@@ -27,10 +26,10 @@ from benchmarks.decode import (
     run,
     sampled_apart,
     summary,
-    take_turns,
 )
 from benchmarks.peers import Peer, checked, llama_weights
 from benchmarks.texts import Judge, movement, on_text, path_length, rows_of
+from benchmarks.timing import Turns, take_turns
 from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft, Request
 from mtp.decode.drafters import OwnHeads

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import train_speed
 from benchmarks.decode import DecodeConfig
+from benchmarks.joint_ways import JointConfig
 from benchmarks.record import parse
 from benchmarks.shapes import shape
 from benchmarks.train_speed import (
@@ -221,6 +222,24 @@ def test_the_gpu_script_fits_into_ten_minutes_and_its_words_are_known(tmp_path):
     configs = [parse(SpeedConfig, words) for _, _, _, _, *words in parts[1:]]
     assert [config.shape for config in configs] == ["300m", "1.3b", "6.7b"]
     assert all(config.model(LARGE, 8).max_seq_len >= config.seq_len for config in configs)
+
+
+@pytest.mark.parametrize(
+    ("environment", "drafts"),
+    [
+        ({"RUN": "runs/sql", "DRAFT": "runs/small"}, {"1.3b": "30m", "runs/sql": "runs/small"}),
+        ({"RUN": "runs/bytes8"}, {"1.3b": "30m", "runs/bytes8": ""}),
+        ({"QUICK": "1"}, {"1m": "1m"}),
+    ],
+)
+def test_the_gpu_script_decodes_jointly(environment, drafts, tmp_path):
+    command(tmp_path / "timeout", 'echo "${@:3}"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_script(tmp_path, "echo some_gpu", "joint", PATH=path, **environment)
+    parts = [line.split(": ")[1].split() for line in done.stdout.splitlines()[-len(drafts) :]]
+    assert {module for _, _, _, module, *_ in parts} == {"benchmarks.joint"}
+    configs = [parse(JointConfig, words) for _, _, _, _, *words in parts]
+    assert {config.model: config.draft for config in configs} == drafts
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,282 @@
+"""Does joint decoding (MTAD, Qin et al. 2025) lie above what exact decoding reaches, and where?
+
+    python -m benchmarks.joint model=runs/sql draft=runs/sql_draft task=sql
+    python -m benchmarks.joint model=runs/bytes8 draft=runs/demo quick=true
+    python -m benchmarks.joint model=FOLDER draft=SMALLER text=FILE prompts=16
+    python -m benchmarks.joint model=1.3b draft=30m
+
+`model` is a run or checkpoint, a Hugging Face folder, or the name of a shape: then weights and
+prompts are random, and costs mean something, acceptance and quality nothing. `draft` is the
+auxiliary model, of the same tokenizer. Prompts are the run's held-out text, or `text`, or held-out
+problems of a task (`benchmarks.tasks`), whose answers get a score: of sql, 1 where they are right.
+
+Every way samples from the same law: temperature, then top_k, then top_p, for target and auxiliary
+model. That cut (by default 10 and 0.9, the method's own) lowers perplexity a lot by itself, and so
+does a lower temperature, greedy decoding most of all. Joint decoding therefore stands, at
+`temperature`, beside the curve of all exact ways under the same cut at all `temperatures`: plain,
+and drafted by the auxiliary model or the target's own heads under the rules match, exact and block.
+"Above" means faster at no higher perplexity: `over_curve` is how many times as fast a joint way is
+as the curve at its own perplexity (`benchmarks.joint_measures`), with intervals over prompts that
+hold for all joint ways together, and `above` names those surely above 1. `best_joint` is the
+fastest that loses nothing against the fastest exact way, `best_exact`.
+
+MTAD judges the auxiliary model's best beam, MMTAD all of them as a tree; beam search is the
+target's own, for the most probable text. Each way that drafts has the depth of `depths` that was
+fastest on texts before. Then all take turns in one process, at batch 1; a text's time is its median
+over rounds, its prompt included. Perplexity is the target's, before temperature and cuts, on the
+new tokens alone. Tokens per target forward leave out the prompt's pass and its token. Energy per
+token is the GPU's own counter over the last round, all of it and above idle; where there is none,
+passes and operations (2 x parameters x positions) stand for it. An extra head is taken to unembed
+every position that it reads, the most it can. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+import mtp
+from benchmarks.energy import idle_watts
+from benchmarks.joint_measures import Measured, compared, distinct, front, perplexity, text_nll
+from benchmarks.joint_ways import (
+    EXACT,
+    JOINT,
+    JointConfig,
+    Setting,
+    Spent,
+    Way,
+    prepare,
+    race,
+    ways,
+)
+from benchmarks.pictures import joint_panels
+from benchmarks.record import parse, record
+from benchmarks.task_score import scores
+from benchmarks.timing import Turns
+from mtp.run import find_device
+
+LEVEL = 0.95  # of intervals
+PUBLISHED = (  # V: read in the paper's abstract, S: quoted by others; not on this machine or task
+    "MTAD, Llama-2 and OPT 13B to 70B: perplexity 21.2 % below token-by-token sampling's, 1.42 "
+    "times as fast and 1.54 times less energy than standard speculative decoding [V]",
+    "MMTAD: 1.26 times as fast, 23.6 % less energy than vanilla speculative decoding [S]",
+)
+
+
+# Figures.
+
+
+def losses(
+    setting: Setting, texts: Mapping[str, Sequence[list[int]]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Of every way's texts, by measure, over prompts: nats, and what answers lack of a full
+    score where they have one. Many ways write the same text, which is read once.
+    """
+    known: dict[tuple[int, tuple[int, ...]], float] = {}
+
+    def nll(i: int, text: list[int]) -> float:
+        key = i, tuple(text)
+        if key not in known:
+            known[key] = text_nll(setting.target, setting.measured[i].prompt, text)
+        return known[key]
+
+    def lacking(some: Sequence[list[int]]) -> list[float]:
+        right = scores(setting.problems, setting.tokenizer, [mtp.Completion(t) for t in some])
+        return [1 - right[problem.prompt] for problem in setting.problems]
+
+    found = {
+        "perplexity": {
+            name: np.array([nll(i, text) for i, text in enumerate(some)])
+            for name, some in texts.items()
+        }
+    }
+    if setting.problems:
+        found["score"] = {name: np.array(lacking(some)) for name, some in texts.items()}
+    return found
+
+
+def measured(
+    setting: Setting, turns: Turns[Spent]
+) -> tuple[dict[str, dict[str, Measured]], dict[str, list[list[int]]]]:
+    """Measure -> way -> what was measured, and all texts."""
+    texts = {name: [spent.text for spent in done] for name, done in turns.done.items()}
+    tokens = {name: np.array([len(text) for text in some]) for name, some in texts.items()}
+    took = {name: np.array([median(x) for x in rounds]) for name, rounds in turns.took.items()}
+    return {
+        measure: {
+            name: Measured(
+                loss,
+                tokens[name] if measure == "perplexity" else np.ones_like(loss),
+                tokens[name],
+                took[name],
+            )
+            for name, loss in of_all.items()
+        }
+        for measure, of_all in losses(setting, texts).items()
+    }, texts
+
+
+def costs(setting: Setting, way: Way, done: Sequence[Spent]) -> dict[str, float]:
+    """What a way's texts took per new token, clocks aside."""
+    passes, positions, guess_passes, guess_positions = (
+        sum(column) for column in list(zip(*done, strict=True))[1:5]
+    )
+    tokens, parameters = sum(len(spent.text) for spent in done), setting.parameters
+    operations = 2 * parameters["target"] * positions
+    if way.guesses:
+        guesser = "head" if way.guesses[1] == "guess" else "draft"
+        operations += 2 * parameters[guesser] * guess_positions
+    return {
+        "tokens_per_target_forward": (tokens - len(done)) / max(1, passes - len(done)),
+        "target_forwards_per_token": passes / tokens,
+        "guesses_per_token": guess_passes / tokens,
+        "operations_per_token": operations / tokens,
+    }
+
+
+def energy(
+    done: Sequence[Spent], took: Sequence[Sequence[float]], idle: float | None
+) -> dict[str, float]:
+    """Joules per token of the last round, all of them and above idle; nothing without a counter."""
+    tokens, last = sum(len(spent.text) for spent in done), sum(rounds[-1] for rounds in took)
+    if idle is None:
+        return {}
+    joules = sum(spent.joules or 0.0 for spent in done)
+    return {
+        "joules_per_token": joules / tokens,
+        "joules_per_token_above_idle": (joules - idle * last) / tokens,
+    }
+
+
+def points(setting: Setting, config: JointConfig, idle: float | None) -> dict[str, Any]:
+    """Everything that is recorded."""
+    of_all = ways(setting, config)
+    turns, depths = race(setting, of_all, config)
+    found, texts = measured(setting, turns)
+    values: dict[str, Any] = {}
+    for name, way in of_all.items():
+        of_way, done = found["perplexity"][name], turns.done[name]
+        p50, p95 = np.quantile(of_way.seconds, [0.5, 0.95]).tolist()
+        values[name] = {
+            "family": way.family,
+            "temperature": way.words["sampling"].temperature,
+            "depth": depths[name],
+            "perplexity": perplexity(of_way),
+            "tokens_per_second": 1 / of_way.point[1],
+            "seconds_p50": p50,
+            "seconds_p95": p95,
+            "distinct": [distinct(texts[name], n) for n in (1, 2, 3, 4)],
+            "tokens": int(of_way.tokens.sum()),
+            **costs(setting, way, done),
+            **energy(done, turns.took[name], idle),
+        }
+        if "score" in found:
+            values[name]["score"] = 1 - found["score"][name].point[0]
+    return {"points": values} | {measure: judged(of_all, some) for measure, some in found.items()}
+
+
+def judged(of_all: Mapping[str, Way], found: Mapping[str, Measured]) -> dict[str, Any]:
+    """By one measure: the front of all points, joint ways against exact ones."""
+    exact, joint = (
+        {name: found[name] for name, way in of_all.items() if way.family == family}
+        for family in (EXACT, JOINT)
+    )
+    return {"front": front({name: way.point for name, way in found.items()})} | compared(
+        exact, joint, LEVEL
+    )
+
+
+# All of it.
+
+
+def summary(values: Mapping[str, Any], energy_measured: bool) -> dict[str, Any]:
+    """By perplexity."""
+    by, of_all = values["perplexity"], values["points"]
+    keys = ("perplexity", "score", "tokens_per_second", "tokens_per_target_forward")
+
+    def shown(name: str) -> dict[str, Any]:
+        return {"name": name} | {key: of_all[name][key] for key in keys if key in of_all[name]}
+
+    def ratio(key: str) -> float | None:
+        joint = by["best_joint"]
+        return None if joint is None else of_all[joint][key] / of_all[by["best_exact"]][key]
+
+    return {
+        "front": [shown(name) for name in by["front"]],
+        "best_exact": shown(by["best_exact"]),
+        "best_mtad_at_no_worse_quality": by["best_joint"] and shown(by["best_joint"]),
+        "tokens_per_target_forward_ratio": ratio("tokens_per_target_forward"),
+        "tokens_per_second_ratio": ratio("tokens_per_second"),
+        "above_exact_curve": by["above"],
+        "energy_measured": energy_measured,
+    }
+
+
+def answer(by: Mapping[str, Any], measure: str) -> str:
+    """To the question, in a sentence."""
+    over = by["over_curve"]
+    highest = max(over, key=lambda name: over[name]["mean"])
+    mean, low, high = (over[highest][key] for key in ("mean", "low", "high"))
+    where = ", ".join(by["above"]) or "nowhere"
+    return (
+        f"By {measure}, above the exact curve: {where} ({LEVEL:.0%} for all {len(over)} joint ways "
+        f"together). Highest: {highest}, {mean:.2f} times as fast as the curve there "
+        f"({low:.2f} to {high:.2f})" + ", beyond its end" * (highest in by["beyond"]) + "."
+    )
+
+
+def table(of_all: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        f"{'':>29} depth perplexity score tokens/s  p50 s  p95 s  tokens/forward  GFLOP/token"
+        f"  J/token  distinct 1 to 4"
+    ]
+    for name, f in of_all.items():
+        score = f"{f['score']:.3f}" if "score" in f else "-"
+        joules = f"{f['joules_per_token']:.3f}" if "joules_per_token" in f else "-"
+        lines.append(
+            f"{name:>29} {f['depth'] or '-':>5} {f['perplexity']:10.3f} {score:>8}"
+            f" {f['tokens_per_second']:8,.1f} {f['seconds_p50']:6.2f} {f['seconds_p95']:6.2f}"
+            f" {f['tokens_per_target_forward']:15.2f} {f['operations_per_token'] / 1e9:12.3f}"
+            f" {joules:>8}  " + " ".join(f"{share:.2f}" for share in f["distinct"])
+        )
+    return "\n".join(lines)
+
+
+def run(config: JointConfig) -> dict[str, Any]:
+    device, load = find_device(config.device), os.getloadavg()[0]
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    setting = prepare(config, device)
+    idle = setting.counter and idle_watts(setting.counter)
+    values = points(setting, config, idle)
+    line = summary(values, idle is not None)
+    print(table(values["points"]))
+    measures = [key for key in ("perplexity", "score") if key in values]
+    answers = [answer(values[measure], measure) for measure in measures]
+    print("\n".join([*answers, *(f"Published: {claim}" for claim in PUBLISHED)]))
+    more = {
+        "answers": answers,
+        "published": PUBLISHED,
+        "load_before": round(load, 2),
+        "parameters": setting.parameters,
+        "random_weights": not Path(config.model).exists(),
+        "idle_watts": idle,
+    }
+    path = record(config.name, line | more | values, config)
+    try:
+        joint_panels(values["points"], measures, path.with_suffix(".png"))
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return line
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(parse(JointConfig, sys.argv[1:]))))

@@ -1,0 +1,326 @@
+"""The ways to decode that `benchmarks.joint` compares, what they decode with, and their turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import mtp
+from benchmarks.beam_search import beam_search
+from benchmarks.energy import (
+    Counter,
+    counted,
+    energy_counter,
+    parameters_of_head,
+    parameters_of_pass,
+)
+from benchmarks.shapes import shape
+from benchmarks.tasks import TASKS, Problem
+from benchmarks.texts import rows_of
+from benchmarks.timing import Turns, take_turns
+from mtp.decode.contract import Drafter
+from mtp.decode.drafters import BeamHeads, BeamModel, DraftModel, OwnHeads
+from mtp.decode.sampling import Joint, Sampling
+from mtp.documents import DataConfig, iter_documents
+from mtp.interop.folder import FoundModel, find_model
+from mtp.model import Transformer
+from mtp.run import data_of
+from mtp.train import PRECISIONS
+
+EXACT, BEAM_SEARCH, JOINT = "exact", "beam search", "joint"  # families
+PROBED = 3  # texts that warm up, and find the depth of each way
+QUICK: dict[str, Any] = {
+    "temperatures": [0.0, 0.6, 1.0],
+    "widths": [1, 4],
+    "thresholds": [0.1, 0.5],
+    "depths": [4],
+    "prompts": 8,
+    "new_tokens": 64,
+    "rounds": 2,
+}
+
+
+@dataclass
+class JointConfig:
+    """temperatures: of exact ways; temperature: of joint ways. prompt_tokens: of prompts cut from
+    text. conditions: of sql, the most that a question sets. quick: the direction in minutes, in a
+    file of its own.
+    """
+
+    model: str = "runs/sql"
+    draft: str = ""
+    task: str = "text"
+    text: str = ""
+    conditions: int = 4
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    temperature: float = 1.0
+    top_k: int = 10
+    top_p: float = 0.9
+    widths: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    thresholds: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.9])
+    depths: list[int] = field(default_factory=lambda: [2, 4, 8])
+    precision: str = "float32"
+    prompts: int = 48
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+    rounds: int = 3
+    device: str = "auto"
+    quick: bool = False
+    name: str = "joint"
+
+    def __post_init__(self) -> None:
+        if self.quick:  # beside the whole, not in its place
+            vars(self).update(QUICK, name=f"{self.name}_quick")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+        if self.task not in (allowed := ("text", *TASKS)):
+            raise ValueError(f"task={self.task!r}: allowed are {', '.join(allowed)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: joint ways want more, 0 is greedy")
+        for key in ("temperatures", "widths", "thresholds", "depths"):
+            if not (given := getattr(self, key)):
+                raise ValueError(f"{key}={given}: give one at least")
+            if key in ("widths", "depths") and min(given) < 1:
+                raise ValueError(f"{key}={given}: all must be at least 1")
+        for temperature, threshold in product(self.temperatures, self.thresholds):
+            Joint(self.sampling(temperature), threshold)  # refuses what cannot be
+
+    def sampling(self, temperature: float) -> Sampling:
+        return Sampling(temperature, self.top_k, self.top_p)
+
+
+# What decodes what.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """parameters: by which a position of target, of draft and of one extra head is multiplied.
+    requests: PROBED ones, and those that are measured. problems: that those answer.
+    """
+
+    target: Any
+    draft: Any
+    parameters: dict[str, int]
+    requests: list[mtp.Request]
+    tokenizer: Any = None
+    problems: Sequence[Problem] = ()
+    counter: Counter | None = None
+
+    @property
+    def measured(self) -> list[mtp.Request]:
+        return self.requests[PROBED:]
+
+
+def opened(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, FoundModel | None]:
+    """A model that is not packed; of a shape by its name there is nothing more."""
+    if Path(where).exists():
+        found = find_model(where)
+        return found.open(device, dtype), found
+    generator = torch.Generator(device).manual_seed(0)
+    with device:
+        return Transformer(shape(where), generator).to(dtype), None
+
+
+def prepare(config: JointConfig, device: torch.device) -> Setting:
+    dtype = PRECISIONS[config.precision]
+    target, found = opened(config.model, device, dtype)
+    parameters, draft = {"target": parameters_of_pass(target)}, None
+    if target.extra_heads:
+        parameters["head"] = parameters_of_head(target)
+    if config.draft:
+        draft, auxiliary = opened(config.draft, device, dtype)
+        prints = [x.tokenizer.fingerprint for x in (found, auxiliary) if x is not None]
+        if len({*prints}) > 1 or draft.config.vocab_size != target.config.vocab_size:
+            raise ValueError(f"draft={config.draft!r} has another tokenizer than {config.model}")
+        parameters["draft"], draft = parameters_of_pass(draft), draft.packed()
+    if draft is None and not target.extra_heads:
+        raise ValueError(f"model={config.model!r} has no heads that can draft: give draft=")
+    if found is None and config.task in TASKS:
+        raise ValueError(
+            f"model={config.model!r} has random weights: task={config.task} wants a trained one"
+        )
+    count = PROBED + config.prompts
+    problems = problems_of(config, count)
+    prompts = list(prompts_of(config, found, problems, target.config.vocab_size, count))
+    stop = mtp.stop_at(*found.ends) if found else None
+    requests = [mtp.Request(p, config.new_tokens, i, stop) for i, p in enumerate(prompts)]
+    return Setting(
+        *(target.packed(), draft, parameters, requests, found and found.tokenizer),
+        *(problems[PROBED:], energy_counter(device)),
+    )
+
+
+def problems_of(config: JointConfig, count: int) -> list[Problem]:
+    """Held out; none where the task is to go on with text."""
+    if config.task not in TASKS:
+        return []
+    return list(islice(TASKS[config.task](True, conditions=config.conditions), count))
+
+
+def prompts_of(
+    config: JointConfig,
+    found: FoundModel | None,
+    problems: Sequence[Problem],
+    vocabulary: int,
+    count: int,
+) -> Iterator[list[int]]:
+    size = count, config.prompt_tokens
+    if found is None:
+        return iter(torch.randint(vocabulary, size, generator=torch.Generator()).tolist())
+    if problems:
+        return (found.tokenizer.encode(problem.prompt) for problem in problems)
+    if config.text:
+        data = DataConfig("text", config.text, val_fraction=0.0)
+        documents = iter_documents(data, held_out=False)
+    elif found.theirs:
+        raise ValueError(f"model={config.model!r} is no run, whose text gives prompts: give text=")
+    else:
+        documents = iter_documents(data_of(config.model), held_out=True)
+    return iter(rows_of(documents, found.tokenizer, *size))
+
+
+@dataclass(frozen=True)
+class Way:
+    """words: of `generate`, but for the drafter, which `drafter` makes for a depth; `guesses` says
+    what it calls in order to guess. width: of a beam search, which has no more.
+    """
+
+    family: str
+    words: dict[str, Any]
+    drafter: Callable[[int], Drafter] | None = None
+    depths: tuple[int, ...] = ()
+    guesses: tuple[Any, str] | None = None
+    width: int | None = None
+
+
+def ways(setting: Setting, config: JointConfig) -> dict[str, Way]:
+    """Every point by its name."""
+    return exact_ways(setting, config) | joint_ways(setting, config)
+
+
+def guessers(setting: Setting, config: JointConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Words of `Way` for the draft model and for own heads."""
+    shallow = tuple(sorted({min(depth, setting.target.extra_heads) for depth in config.depths}))
+    return (
+        {"depths": tuple(config.depths), "guesses": (setting.draft, "read")},
+        {"depths": shallow, "guesses": (setting.target, "guess")},
+    )
+
+
+def exact_ways(setting: Setting, config: JointConfig) -> dict[str, Way]:
+    target, draft, found = setting.target, setting.draft, dict[str, Way]()
+    by_draft, by_heads = guessers(setting, config)
+    for t in config.temperatures:
+        law: dict[str, Any] = {"sampling": config.sampling(t)}
+        found[f"plain, T {t:g}"] = Way(EXACT, law)
+        for rule in ("match", "exact", "block"):
+            words, at = law | {"rule": rule}, f"{rule}, T {t:g}"
+            if draft is not None:
+                drafter = partial(DraftModel, draft)
+                found[f"draft model, {at}"] = Way(EXACT, words, drafter, **by_draft)
+            if target.extra_heads:
+                found[f"own heads, {at}"] = Way(EXACT, words, OwnHeads, **by_heads)
+    return found
+
+
+def joint_ways(setting: Setting, config: JointConfig) -> dict[str, Way]:
+    """And beam search, which seeks the same. A tree of one beam would be the beam."""
+    target, draft, found = setting.target, setting.draft, dict[str, Way]()
+    by_draft, by_heads = guessers(setting, config)
+    law: dict[str, Any] = {"sampling": config.sampling(config.temperature)}
+    for width in config.widths:
+        found[f"beam search, width {width}"] = Way(BEAM_SEARCH, law, width=width)
+    for width, threshold in product(config.widths, config.thresholds):
+        words, at = law | {"rule": "joint", "threshold": threshold}, f"width {width}, {threshold:g}"
+        if draft is not None:
+            beams = partial(BeamModel, draft, width=width)
+            found[f"MTAD, {at}"] = Way(JOINT, words, beams, **by_draft)
+            if width > 1:
+                tree = partial(beams, whole=True)
+                found[f"MMTAD, {at}"] = Way(JOINT, words, tree, **by_draft)
+        if target.extra_heads and not target.reads_ahead:
+            of_heads = partial(BeamHeads, width=width)
+            found[f"MTAD of heads, {at}"] = Way(JOINT, words, of_heads, **by_heads)
+    return found
+
+
+# Decoding.
+
+
+class Spent(NamedTuple):
+    """On one text. passes, positions: of the target, with the prompt's; guess_...: of what drafts.
+    joules: None where nothing counts them.
+    """
+
+    text: list[int]
+    passes: int
+    positions: int
+    guess_passes: int
+    guess_positions: int
+    joules: float | None
+
+
+Contender = Callable[[mtp.Request, int], Spent]
+
+
+def contender(setting: Setting, way: Way, depth: int | None = None) -> Contender:
+    if way.width is not None:
+        search = partial(beam_search, width=way.width, sampling=way.words["sampling"])
+        return partial(decode, setting, way, lambda request: search(setting.target, request))
+    drafter = way.drafter and depth and way.drafter(depth)
+
+    def text(request: mtp.Request) -> list[int]:
+        words = way.words | {"drafter": drafter or None}
+        return mtp.generate(setting.target, [request], batch_size=1, **words)[0].tokens
+
+    return partial(decode, setting, way, text)
+
+
+def decode(
+    setting: Setting,
+    way: Way,
+    text: Callable[[mtp.Request], list[int]],
+    request: mtp.Request,
+    new: int,
+) -> Spent:
+    guesses = counted(*way.guesses) if way.guesses else nullcontext()
+    before = setting.counter and setting.counter()
+    with counted(setting.target) as reads, guesses as guessed:
+        found = text(replace(request, max_new_tokens=new))
+    joules = None if before is None or not setting.counter else setting.counter() - before
+    guess_work = (guessed.passes, guessed.positions) if guessed else (0, 0)
+    return Spent(found, reads.passes, reads.positions, *guess_work, joules)
+
+
+def fastest_depth(setting: Setting, way: Way, new: int) -> int | None:
+    """On texts that are not measured; None where nothing drafts."""
+
+    def pace(depth: int) -> float:
+        decoder = contender(setting, way, depth)
+        decoder(setting.requests[0], min(8, new))  # warms up
+        started = time.perf_counter()
+        tokens = sum(len(decoder(request, new).text) for request in setting.requests[:PROBED])
+        return tokens / (time.perf_counter() - started)
+
+    if len(way.depths) < 2:
+        return way.depths[0] if way.depths else None
+    return max(way.depths, key=pace)
+
+
+def race(
+    setting: Setting, of_all: Mapping[str, Way], config: JointConfig
+) -> tuple[Turns[Spent], dict[str, int | None]]:
+    """Turns, and the depth of each way."""
+    new = config.new_tokens
+    depths = {name: fastest_depth(setting, way, new) for name, way in of_all.items()}
+    contenders = {name: contender(setting, way, depths[name]) for name, way in of_all.items()}
+    take_turns(contenders, setting.requests[:1], min(32, new), 1)  # warms up
+    return take_turns(contenders, setting.measured, new, config.rounds), depths
