@@ -30,6 +30,7 @@ from mtp.decode.contract import Drafter
 from mtp.decode.drafters import BeamHeads, BeamModel, DraftModel, OwnHeads
 from mtp.decode.sampling import Joint, Sampling
 from mtp.documents import DataConfig, iter_documents
+from mtp.interop.attach import load_heads
 from mtp.interop.folder import FoundModel, find_model
 from mtp.model import Transformer
 from mtp.run import data_of
@@ -50,13 +51,14 @@ QUICK: dict[str, Any] = {
 
 @dataclass
 class JointConfig:
-    """temperatures: of exact ways; temperature: of joint ways. prompt_tokens: of prompts cut from
-    text. conditions: of sql, the most that a question sets. quick: the direction in minutes, in a
-    file of its own.
+    """heads: a folder of some that were attached to the model. temperatures: of exact ways;
+    temperature: of joint ways. prompt_tokens: of prompts cut from text. conditions: of sql, the
+    most that a question sets. quick: the direction in minutes, in a file of its own.
     """
 
     model: str = "runs/sql"
     draft: str = ""
+    heads: str = ""
     task: str = "text"
     text: str = ""
     conditions: int = 4
@@ -133,6 +135,8 @@ def prepare(config: JointConfig, device: torch.device) -> Setting:
     dtype = PRECISIONS[config.precision]
     target, found = opened(config.model, device, dtype)
     parameters, draft = {"target": parameters_of_pass(target)}, None
+    if config.heads:
+        target = load_heads(target, config.heads)
     if target.extra_heads:
         parameters["head"] = parameters_of_head(target)
     if config.draft:

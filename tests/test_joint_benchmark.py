@@ -1,5 +1,5 @@
-"""The benchmark of joint decoding: its ways sample from one law, what they cost is counted, and a toy
-run records all of it.
+"""The benchmark of joint decoding: its ways sample from one law, what they cost is counted, and a
+toy run records all of it.
 """
 
 import itertools
