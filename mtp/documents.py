@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import logging
+import random
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from mtp.evaluate import micro
 from mtp.overlap import Overlap
 from mtp.packages import package_files
+from mtp.tasks.table import Task, make_task
 
 log = logging.getLogger("mtp")
 
@@ -37,6 +39,8 @@ class DataConfig:
     pattern: str | None = None  # which files of a folder, such as "*.py"
     packages: list[str] = field(default_factory=list)  # `code`: installed, permissively licensed
     micro_share: float = 0.2  # `code`: of the bytes, what is micro-programs
+    task: str | None = None  # `task`: a key of `mtp.tasks.table.TASKS`
+    task_args: dict[str, int] = field(default_factory=dict)  # its parameters
     # JSON files of problems that models are tested on: documents that share 13 words in a row with
     # one are left out. `code` needs them, or [].
     benchmarks: list[str] | None = None
@@ -53,11 +57,12 @@ class DataConfig:
     holdout: list[str] = field(default_factory=list)
     seq_len: int = 256
     tokenizer: str = "bytes"  # what `load_tokenizer` takes
-    seed: int = 0  # of the order of rows
+    seed: int = 0  # of the order of rows, and of a task's problems
 
     def __post_init__(self) -> None:
-        finds = self.source in ("stdlib", "code")
-        of_files = finds or self.source in ("text", "folder")
+        of_files = self.source in ("stdlib", "code", "text", "folder")
+        finds = self.source in ("stdlib", "code", "task")
+        by_task = self.source == "task"
         separate = bool(self.val_path or self.val_split)
         for wrong, message in (
             (self.source not in SOURCES, f"source={self.source!r}: allowed: {', '.join(SOURCES)}"),
@@ -87,9 +92,20 @@ class DataConfig:
             (not 0 <= self.val_fraction < 1, f"val_fraction={self.val_fraction}: allowed: [0, 1)"),
             (self.seq_len < 1, f"seq_len={self.seq_len}: must be at least 1"),
             (self.seed < 0, f"seed={self.seed}: must be at least 0"),
+            (not by_task and (self.task or self.task_args), "task: for source='task' only"),
+            (by_task and self.tokenizer != "bytes", "tokenizer: source='task' is in bytes"),
+            (by_task and not self.val_fraction, "val_fraction: source='task' needs some"),
         ):
             if wrong:
                 raise ValueError(f"data.{message}")
+        if by_task:
+            self._check_task()
+
+    def _check_task(self) -> None:
+        try:
+            make_task(self.task, self.task_args)
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from None
 
 
 class Ids(NamedTuple):
@@ -212,6 +228,18 @@ def _datasets(config: DataConfig) -> Iterator[Document]:
         yield _record(record, config, f"{config.path}, split {config.split}")
 
 
+def _task(config: DataConfig) -> Iterator[Document]:
+    """Some problems, for who wants documents; training draws new ones (`mtp.problems`)."""
+    task = make_task(config.task, config.task_args)
+    for number in range(TASK_DOCUMENTS):
+        yield problem(task, random.Random(f"document {config.seed} {number}"))
+
+
+def problem(task: Task, rng: random.Random) -> Document:
+    prompt, answer = task.draw(rng)
+    return Document(((prompt, task.learns_prompt), (answer, True)))
+
+
 def _shards(config: DataConfig) -> Iterator[Document]:
     raise ValueError(f"data.source='shards': {config.path} holds token ids, no documents")
 
@@ -226,7 +254,9 @@ SOURCES: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
     "parquet": _parquet,
     "datasets": _datasets,
     "shards": _shards,
+    "task": _task,
 }
+TASK_DOCUMENTS = 20_000
 
 
 WRITTEN = ("prompt_ids", "completion_ids", "tokenizer")  # keys beside a prompt and its completion
@@ -397,7 +427,7 @@ def _one_part(config: DataConfig, held_out: bool) -> Iterator[Document]:
             first, separate = [_part(first[0], config.val_fraction, held_out)], True
     for document in chain(first, documents):
         groups |= _groups(document)
-        if document.text and (separate or _is_held_out(document, config) == held_out):
+        if document.text and (separate or is_held_out(document, config) == held_out):
             empty = False
             yield document
     if unknown := sorted(set(config.holdout) - groups):
@@ -431,7 +461,7 @@ def _groups(document: Document) -> set[str]:
     return {*top, *(PurePath(part).stem for part in top)}
 
 
-def _is_held_out(document: Document, config: DataConfig) -> bool:
+def is_held_out(document: Document, config: DataConfig) -> bool:
     if config.holdout:
         return not _groups(document).isdisjoint(config.holdout)
     digest = hashlib.sha256(document.text.encode("utf-8")).digest()

@@ -65,10 +65,12 @@ def console(progress: Progress) -> None:
     log.info("%s  %s  %d:%02d left", line, speed, left // 60, left % 60)
     if "val_loss_1" in m:
         bits = [f"{m[k]:.2f}" for k in m if k.startswith("val_bits_per_byte_")]
+        right = f", {m['val_accuracy']:.1%} of answers right" if "val_accuracy" in m else ""
         log.info(
-            "   held out: bits per byte %s, acceptance length %.2f",
+            "   held out: bits per byte %s, acceptance length %.2f%s",
             " ".join(bits),
             m["val_acceptance_length"],
+            right,
         )
     if "val_kl" in m:
         shares = m["val_acceptance"], m["val_agreement"]

@@ -48,6 +48,8 @@ from mtp.hooks import (
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
 from mtp.optim import Optimizer
+from mtp.problems import ProblemBatches, check_rows
+from mtp.problems import evaluator as task_evaluator
 from mtp.run_dir import open_run_dir, resume_word
 from mtp.tokenizer import Tokenizer, load_tokenizer
 from mtp.train import Batches as Source
@@ -319,6 +321,8 @@ def _token_loss(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> 
         raise ValueError(f"data.seq_len={seq_len} exceeds model.max_seq_len={model.max_seq_len}")
     if seq_len < n:
         raise ValueError(f"data.seq_len={seq_len} is shorter than model.n_future_tokens={n}")
+    if config.data.source == "task":
+        check_rows(config.data)
     return MultiTokenLoss(n, config.head_weights)
 
 
@@ -327,6 +331,9 @@ def _tokens(
 ) -> Data:
     data, n, rows = config.data, model.config.n_future_tokens, config.train.batch_size
     ranks = (rank(), world_size())
+    if data.source == "task":
+        new = ProblemBatches(data, tokenizer, n, rows, *ranks)
+        return Data(new, task_evaluator(data, tokenizer, config.train, n), {"data": data.task})
     evaluate = evaluator(load_corpus(data, tokenizer, True), data, config.train, n)
     if data.streaming:
         stream = StreamingBatches(

@@ -15,7 +15,8 @@ from mtp.estimate import estimate
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
 from mtp.optim import OptimConfig
-from mtp.run import RunConfig
+from mtp.run import RunConfig, run
+from mtp.tasks.table import TASKS
 from mtp.train import TrainConfig
 
 hydra = pytest.importorskip("hydra")
@@ -116,6 +117,14 @@ def test_every_choice_composes_into_a_run_whose_rows_fit_its_context(choice):
     config = compose("train", choice, *NEEDED.get(choice, ()))
     assert isinstance(config, RunConfig)
     assert config.model.n_future_tokens <= config.data.seq_len <= config.model.max_seq_len
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_has_an_experiment_that_trains(name, tmp_path):
+    small = "model.dim=16 model.n_heads=2 train.batch_size=2 train.steps=2 train.eval_batches=1"
+    config = compose("train", f"experiment={name}", f"run_dir={tmp_path}/run", *small.split())
+    assert config.data.task == name
+    assert 0 <= run(config).metrics["val_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("choice", [f"attach={name}" for name in names("attach")])

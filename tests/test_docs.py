@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtp.heads import HEADS
+from mtp.tasks.table import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "model.dim=16 model.n_layers=4 data.seq_len=32 train.batch_size=1 train.eval_batches=1"
@@ -22,12 +23,13 @@ def blocks(page: str, language: str) -> str:
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_python_on_the_page_runs(page: str) -> None:
-    before = dict(HEADS)
+    tables = [(table, dict(table)) for table in (HEADS, TASKS)]
     try:
         exec(compile(blocks(page, "python"), page, "exec"), {"__name__": "page"})
-    finally:  # an example may register a head kind
-        HEADS.clear()
-        HEADS.update(before)
+    finally:  # an example may register a head kind or a task
+        for table, before in tables:
+            table.clear()
+            table.update(before)
 
 
 def test_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:

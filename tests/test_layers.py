@@ -32,10 +32,15 @@ LEAVES = {
     *("mtp.evaluate.scores", "mtp.consistency.filters"),
     *("mtp.evaluate.schemas", "mtp.evaluate.scores"),
     *("mtp.evaluate.scores", "mtp.interop.fetch"),
+    *("mtp.tasks.copying", "mtp.tasks.induction", "mtp.tasks.polynomial", "mtp.tasks.star_graph"),
 }
 EXACT = {
     "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},
-    "mtp.documents": {"mtp.evaluate.micro", "mtp.overlap", "mtp.packages"},
+    "mtp.tasks.table": {
+        *("mtp.tasks.copying", "mtp.tasks.induction", "mtp.tasks.polynomial"),
+        "mtp.tasks.star_graph",
+    },
+    "mtp.documents": {"mtp.evaluate.micro", "mtp.overlap", "mtp.packages", "mtp.tasks.table"},
     "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.decode.beam": {"mtp.decode.contract"},
@@ -61,7 +66,8 @@ SHIPPED = "mtp.interop.custom_generate"  # goes out with models, to where only t
 ORDERED = [
     *("mtp.consistency.trajectories", "mtp.consistency.files", "mtp.consistency.measures"),
     *("mtp.consistency.on_policy", "mtp.consistency.packing", "mtp.consistency.loss"),
-    *("mtp.train", "mtp.distill", "mtp.estimate", "mtp.hooks", "mtp.run_dir", "mtp.run"),
+    *("mtp.train", "mtp.problems", "mtp.distill", "mtp.estimate", "mtp.hooks", "mtp.run_dir"),
+    "mtp.run",
 ]
 ABOVE = {  # some of USERS, or of those before
     "mtp.interop.sequential": {"mtp.interop.attach", "mtp.interop.llama"},

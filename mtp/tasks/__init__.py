@@ -1,0 +1,1 @@
+"""Synthetic tasks: problems from a seed, answers judged from the question alone. See `table`."""
