@@ -352,3 +352,49 @@ def _places(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     xs, ys = zip(*((f[measure], f["tokens_per_second"]) for f in some), strict=True)
     return xs, ys
+
+
+def study_panels(
+    question: str, measure: str, lines: Sequence[Mapping[str, Any]], path: Path
+) -> None:
+    """A panel for every place of a study's table: the measure over steps, a colour for each arm, a
+    thin line for each seed and a thick one for their mean.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [
+        ", ".join(f"{k.split('.')[-1]} {v}" for k, v in line["place"].items()) for line in lines
+    ]
+    places = list(dict.fromkeys(names))
+    figure, grid = plt.subplots(
+        1,
+        len(places),
+        figsize=(0.6 + 3.6 * len(places), 3.8),
+        dpi=110,
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    arms = list(dict.fromkeys(str(line["arm"]) for line in lines))
+    for name, line in zip(names, lines, strict=True):
+        axes, colour = grid[0, places.index(name)], f"C{arms.index(str(line['arm']))}"
+        steps = [step for step, _ in line["curves"][0]]
+        heights = [[value for _, value in run] for run in line["curves"]]
+        for run in line["curves"]:
+            axes.plot(*zip(*run, strict=True), color=colour, lw=0.6, alpha=0.6)
+        if len({len(h) for h in heights}) == 1:  # not where the clock ended the runs
+            mean = [sum(h) / len(h) for h in zip(*heights, strict=True)]
+            axes.plot(steps, mean, color=colour, lw=2, label=str(line["arm"]))
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.supxlabel("steps", fontsize=9)
+    grid[0, 0].set_ylabel(measure.replace("_", " "), fontsize=9)
+    figure.suptitle(question, fontsize=9, wrap=True)
+    figure.savefig(path)
+    plt.close(figure)

@@ -89,6 +89,7 @@ def test_every_file_is_tried_below():
     tried |= {choice.replace("=", "/") + ".yaml" for choice in choices()}
     tried |= {f"attach/{name}.yaml" for name in names("attach")}
     tried.add("cluster/slurm.yaml")  # in test_cluster.py, where its launcher is installed
+    tried |= {f"study/{name}.yaml" for name in names("study")}  # in test_science.py
     tried |= {f"lm_eval/{name}.yaml" for name in names("lm_eval")}  # not ours: test_harness.py
     assert {str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")} == tried
 

@@ -84,6 +84,21 @@ def wilson(passed: int, n: int, level: float = 0.95) -> Interval:
     return Interval(share, middle - half, middle + half)
 
 
+def over_seeds(values: Sequence[float], level: float = 0.9) -> Interval:
+    """Student's interval of the mean over runs that differ in their seed; it is wide for few, as it
+    should be. Not for problems, whose values are 0 or 1.
+    """
+    x, runs = np.asarray(values, dtype=float), len(values)
+    if runs < 2:
+        raise ValueError(f"{runs} runs: an interval over seeds needs at least 2")
+    # With t = sqrt(runs - 1) tan(angle), the density of the angle is a power of its cosine.
+    angle = np.linspace(0, math.pi / 2, 200_001)
+    share = np.cumsum(np.cos(angle) ** (runs - 2))
+    t = math.sqrt(runs - 1) * math.tan(float(np.interp(level, share / share[-1], angle)))
+    half = t * float(x.std(ddof=1)) / math.sqrt(runs)
+    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
+
+
 class Comparison(NamedTuple):
     """b less a. better, worse: on how many problems b is. p: McNemar's exact test, two-sided, where
     all values are 0 or 1, as greedy pass@1 is.

@@ -1,0 +1,318 @@
+"""Does a change of training help, at equal what? One engine for grids of training runs.
+
+    python -m benchmarks.science study=star_graph
+    python -m benchmarks.science study=star_graph quick=true
+
+A study is a file of `configs/study/`, see `Study`: an experiment, the arms to compare (the first is
+the baseline), what every arm may choose its best of (`tuned`), what tells the rows of the table
+apart (`axes`), and in which sense arms are equal (`budgets`):
+
+    parameters   model.n_layers counts trunk and heads together: extra heads take trunk layers
+    trunk        every arm keeps the baseline's trunk, extra heads come on top
+    operations   as parameters; steps in inverse proportion to the operations of a token
+    time         as parameters; each run ends after the study's `seconds` of training
+
+Every cell of the grid is one run of `scripts/train.py`, with its command in its record. Cells take
+turns seed by seed. A cell that is done is read back from its record, one that was stopped goes on
+from its checkpoint: the same command goes on where it was. Of `tuned` each arm has what is best on
+the mean over seeds, on the same held-out problems that it is scored on: a little flattering to all
+arms alike. Intervals are Student's t over seeds, 90 %; `difference` pairs runs of one seed. The
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mtp
+from benchmarks.pictures import study_panels
+from benchmarks.record import ROOT, circumstances, parse, record
+from mtp.checkpoint import find, load_config, write_text
+from mtp.estimate import estimate
+from mtp.evaluate.scores import Interval, over_seeds
+from mtp.model import ModelConfig
+from mtp.problems import problems, verdicts
+from mtp.run import METRICS, data_of
+from mtp.tokenizer import load_tokenizer
+from mtp.train import TrainConfig
+
+STUDIES = ROOT / "configs" / "study"
+Values = dict[str, Any]  # key of the command line -> value
+
+
+@dataclass
+class ScienceConfig:
+    """out: where cells are kept. words: for every run, such as ["device=cuda"]."""
+
+    study: str = "star_graph"
+    quick: bool = False
+    out: str = "runs/science"
+    words: list = field(default_factory=list)
+    results: str = ""  # default benchmarks/results
+
+    @property
+    def name(self) -> str:
+        return f"science_{self.study}{'_quick' * self.quick}"
+
+
+@dataclass
+class Study:
+    """measure: a key of metrics.jsonl. tests: task_args of other problems that every finished model
+    is asked, by a name. quick: what is otherwise with quick=true, the same direction in minutes.
+    """
+
+    question: str
+    experiment: str
+    arms: dict[str, list]  # one key, its values
+    tuned: dict[str, list] = field(default_factory=dict)
+    axes: dict[str, list] = field(default_factory=dict)
+    budgets: list[str] = field(default_factory=lambda: ["parameters"])
+    seconds: float | None = None
+    seeds: int = 3
+    measure: str = "val_accuracy"
+    higher: bool = True  # is better
+    words: list[str] = field(default_factory=list)
+    tests: dict[str, dict[str, int]] = field(default_factory=dict)
+    problems: int = 1000  # of each test
+    quick: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.arms) != 1:
+            raise ValueError(f"arms={self.arms}: give one key with its values")
+        if unknown := set(self.budgets) - BUDGETS.keys():
+            raise ValueError(f"budgets={sorted(unknown)}: allowed are {', '.join(BUDGETS)}")
+        if self.seeds < 2:
+            raise ValueError(f"seeds={self.seeds}: an interval needs at least 2")
+        if ("time" in self.budgets) != (self.seconds is not None):
+            raise ValueError("seconds: for budgets=[time], which needs them")
+
+
+def read_study(name: str, quick: bool) -> Study:
+    import yaml  # comes with Hydra
+
+    file = STUDIES / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(f.stem for f in STUDIES.glob("*.yaml")))
+        raise SystemExit(f"error: study={name!r}: allowed are {known}")
+    study = Study(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    return replace(study, **study.quick) if quick else study
+
+
+# The grid.
+
+
+class Cell(NamedTuple):
+    """place: the row of the table that it belongs to. folder: named after what tells its run from
+    the others, as in sweeps of Hydra; cells of different places may share a run.
+    """
+
+    arm: Any
+    place: tuple[tuple[str, Any], ...]
+    tuned: tuple[tuple[str, Any], ...]
+    seed: int
+    words: tuple[str, ...]
+    folder: str
+
+
+def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
+    ((key, arms),) = study.arms.items()
+    cells = []
+    grid = product(range(study.seeds), study.budgets, _each(study.axes), _each(study.tuned), arms)
+    for seed, budget, setting, tuned, arm in grid:
+        common = [f"experiment={study.experiment}", *study.words, *words, *_words(setting)]
+        baseline, own = ([*common, *_words({key: value})] for value in (arms[0], arm))
+        chosen = [*_words(tuned), *BUDGETS[budget](study, baseline, own)]
+        seeds = [f"train.seed={seed}", f"data.seed={seed}"]
+        different = [*_words(setting | {key: arm}), *chosen, seeds[0]]
+        folder = _last_keys(different)
+        place = (("budget", budget), *setting.items())
+        said = (*own, *chosen, *seeds)
+        cells.append(Cell(arm, place, tuple(tuned.items()), seed, said, folder))
+    return cells
+
+
+def _each(values: Mapping[str, list]) -> list[Values]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
+def _words(values: Values) -> list[str]:
+    return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
+
+
+def _last_keys(words: Sequence[str]) -> str:
+    """ "train.optim.lr=0.001", "model=1m" -> "lr=0.001,model=1m"."""
+    pairs = (word.split("=", 1) for word in words)
+    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in pairs)
+
+
+def resolved(words: Iterable[str]) -> tuple[ModelConfig, TrainConfig, int]:
+    """What the command line makes of a run: its model, training and the length of its rows."""
+    return _resolved(tuple(words))
+
+
+@cache
+def _resolved(words: tuple[str, ...]) -> tuple[ModelConfig, TrainConfig, int]:
+    import yaml
+
+    found = yaml.safe_load(_train(*words, "--cfg", "job", capture=True))
+    training = {key: value for key, value in found["train"].items() if key != "optim"}
+    vocabulary = load_tokenizer(found["data"]["tokenizer"]).vocab_size
+    model = replace(ModelConfig(**found["model"]), vocab_size=vocabulary)
+    return model, TrainConfig(**training), found["data"]["seq_len"]
+
+
+def _train(*words: str, capture: bool = False) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: the run ended with status {done.returncode}: {' '.join(words)}")
+    return done.stdout if capture else ""
+
+
+def _same_trunk(study: Study, baseline: list[str], arm: list[str]) -> list[str]:
+    if arm == baseline:
+        return []
+    (model, *_), (other, *_) = resolved(baseline), resolved(arm)
+    return [f"model.n_layers={other.n_layers + model.trunk_layers - other.trunk_layers}"]
+
+
+def _same_operations(study: Study, baseline: list[str], arm: list[str]) -> list[str]:
+    if arm == baseline:
+        return []
+    one, other = (estimate(*resolved(words))["flops_per_token"] for words in (baseline, arm))
+    return [f"train.steps={round(resolved(arm)[1].steps * one / other)}"]
+
+
+def _same_time(study: Study, baseline: list[str], arm: list[str]) -> list[str]:
+    return [f"train.max_seconds={study.seconds}", "train.steps=1000000"]
+
+
+BUDGETS: dict[str, Callable[[Study, list[str], list[str]], list[str]]] = {
+    "parameters": lambda study, baseline, arm: [],
+    "trunk": _same_trunk,
+    "operations": _same_operations,
+    "time": _same_time,
+}
+
+
+# Its cells.
+
+
+def trained(cell: Cell, study: Study, folder: Path) -> Values:
+    """The cell's record, made by training where there is none. SystemExit if it was stopped."""
+    written, run_dir = folder / "cell.json", folder / "run"
+    if written.is_file():
+        found = json.loads(written.read_text(encoding="utf-8"))
+        if found["words"] == [*cell.words]:
+            return found
+        raise SystemExit(f"error: {folder} holds a cell of another study: move it away")
+    _train(*cell.words, f"run_dir={json.dumps(str(run_dir))}", "resume=auto")
+    rows = [json.loads(line) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
+    if study.measure not in rows[-1]:
+        known = ", ".join(key for key in rows[-1] if key.startswith("val_")) or "none: stopped"
+        raise SystemExit(f"error: no {study.measure} at the end of {run_dir}; there is {known}")
+    model = load_config(find(run_dir))
+    found = {
+        "words": [*cell.words],
+        "commit": circumstances()["commit"],
+        "value": rows[-1][study.measure],
+        "curve": [[r["step"], r[study.measure]] for r in rows if study.measure in r],
+        **{key: rows[-1][key] for key in ("step", "tokens", "seconds")},
+        "parameters": estimate(model, TrainConfig(), 1)["parameters"],
+        "tests": {name: asked(run_dir, args, study.problems) for name, args in study.tests.items()},
+    }
+    write_text(written, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def asked(run_dir: Path, args: dict[str, int], count: int) -> float:
+    """The share of other held-out problems that a finished model answers right."""
+    data, tokenizer = data_of(run_dir), mtp.load_tokenizer(run_dir)
+    data = replace(data, task_args=data.task_args | args)
+    found = problems(data, True, 0, count)
+    right = verdicts(mtp.load(run_dir).packed(), tokenizer, data, found, 32)
+    return sum(right) / len(right)
+
+
+# What they say.
+
+
+def table(study: Study, cells: Sequence[Cell], found: Mapping[Cell, Values]) -> list[Values]:
+    """A line for every place and arm, of the best that the arm chose from `tuned`."""
+    lines = []
+    for place in dict.fromkeys(cell.place for cell in cells):
+        arms = dict.fromkeys(cell.arm for cell in cells)
+        here = [cell for cell in cells if cell.place == place]
+        best = {arm: _best(study, [c for c in here if c.arm == arm], found) for arm in arms}
+        baseline = next(iter(best.values()))
+        for arm, chosen in best.items():
+            lines.append(
+                {"place": dict(place), "arm": arm, "tuned": dict(chosen[0].tuned)}
+                | _line(study, [found[c] for c in chosen], [found[c] for c in baseline])
+            )
+    return lines
+
+
+def _best(study: Study, cells: list[Cell], found: Mapping[Cell, Values]) -> list[Cell]:
+    """Its seeds, in order."""
+    choices = [[c for c in cells if c.tuned == t] for t in dict.fromkeys(c.tuned for c in cells)]
+    sign = 1 if study.higher else -1
+    return max(choices, key=lambda seeds: sign * sum(found[c]["value"] for c in seeds))
+
+
+def _line(study: Study, runs: list[Values], baseline: list[Values]) -> Values:
+    values, before = ([run["value"] for run in of] for of in (runs, baseline))
+    difference = over_seeds([b - a for a, b in zip(before, values, strict=True)])
+    tests = {name: [run["tests"][name] for run in runs] for name in study.tests}
+    return {
+        "values": values,
+        **over_seeds(values)._asdict(),
+        "difference": difference._asdict(),
+        "verdict": _verdict(difference, study.higher),
+        "tests": {name: over_seeds(shares)._asdict() for name, shares in tests.items()},
+        **{key: runs[0][key] for key in ("parameters", "step", "tokens")},
+        "seconds": [run["seconds"] for run in runs],
+        "curves": [run["curve"] for run in runs],
+    }
+
+
+def _verdict(difference: Interval, higher: bool) -> str:
+    """Whether the interval of a difference says so; the baseline's own is open."""
+    if difference.low <= 0 <= difference.high:
+        return "open"
+    return "better" if (difference.low > 0) == higher else "worse"
+
+
+def run(config: ScienceConfig) -> Values:
+    """Train what is missing, write the record and the picture; -> the last line."""
+    study = read_study(config.study, config.quick)
+    cells = cells_of(study, config.words)
+    found = {}
+    for number, cell in enumerate(cells, 1):
+        print(f"cell {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)
+        found[cell] = trained(cell, study, Path(config.out, config.name, cell.folder))
+    lines = table(study, cells, found)
+    every = [{"cell": cell.folder, **found[cell]} for cell in cells]
+    folder = Path(config.results) if config.results else ROOT / "benchmarks" / "results"
+    values = {"study": asdict(study), "table": lines, "cells": every}
+    written = record(config.name, values, config, folder)
+    study_panels(study.question, study.measure, lines, written.with_suffix(".png"))
+    kept = ("place", "arm", "tuned", "mean", "low", "high", "difference", "verdict", "tests")
+    shown = [{key: line[key] for key in kept} for line in lines]
+    return {"study": config.study, "measure": study.measure, "seeds": study.seeds, "table": shown}
+
+
+def main() -> None:
+    print(json.dumps(run(parse(ScienceConfig, sys.argv[1:]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The engine of studies: its grid, what arms are equal in, what it reads back, what it says."""
+
+import json
+import math
+from dataclasses import replace
+from statistics import NormalDist
+
+import pytest
+
+from benchmarks import science
+from benchmarks.science import STUDIES, ScienceConfig, Study, cells_of, read_study, resolved, table
+from mtp.evaluate.scores import over_seeds
+from mtp.run import RunConfig, estimate
+
+hydra = pytest.importorskip("hydra")
+from omegaconf import OmegaConf  # noqa: E402
+
+from scripts.cli import CONFIGS, register  # noqa: E402
+
+HEADS = "model.n_future_tokens"
+SMALL = ["model.dim=16", "model.n_layers=5", "train.steps=100"]
+STUDY = Study(
+    "Does it?",
+    "copying",
+    arms={HEADS: [1, 2]},
+    tuned={"train.optim.lr": [0.001, 0.01]},
+    axes={"data.task_args.length": [2, 3]},
+    words=SMALL,
+)
+
+
+def made(value, **more):
+    curve = [[1, 0.0], [2, value]]
+    numbers = {"parameters": 7, "step": 2, "tokens": 9, "seconds": 1.0}
+    return {"value": value, "curve": curve, "tests": {}, **numbers, **more}
+
+
+def composed(*words, capture):
+    """What `--cfg job` prints, without a process of its own."""
+    register("train", RunConfig)
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        return OmegaConf.to_yaml(hydra.compose("train", overrides=[*words[:-2]]))
+
+
+# The grid.
+
+
+def test_every_shipped_study_has_a_grid_and_a_quick_one_in_its_direction():
+    names = [file.stem for file in STUDIES.glob("*.yaml")]
+    assert {"star_graph", "induction", "polynomial"} <= {*names}
+    for name in names:
+        whole, quick = (read_study(name, quick) for quick in (False, True))
+        assert whole.seeds >= 3 <= quick.seeds and len(quick.words) > len(whole.words)
+        ((key, arms),), ((same, fewer),) = whole.arms.items(), quick.arms.items()
+        assert key == same and {*fewer} <= {*arms} and fewer[0] == arms[0] and len(fewer) > 1
+
+
+def test_an_unknown_study_is_refused_with_those_there_are():
+    with pytest.raises(
+        SystemExit, match="study='x': allowed are induction, polynomial, star_graph"
+    ):
+        read_study("x", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"arms": {}}, "give one key with its values"),
+        ({"arms": {"a": [1], "b": [2]}}, "give one key with its values"),
+        ({"budgets": ["money"]}, r"budgets=\['money'\]: allowed are parameters, trunk, operations"),
+        ({"seeds": 1}, "seeds=1: an interval needs at least 2"),
+        ({"budgets": ["time"]}, "seconds: for budgets"),
+        ({"seconds": 3.0}, "seconds: for budgets"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        replace(STUDY, **given)
+
+
+def test_cells_are_the_product_and_seeds_take_turns():
+    cells = cells_of(STUDY, ["device=cpu"])
+    assert len(cells) == 3 * 2 * 2 * 2 == len({cell.folder for cell in cells})
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    first = cells[0]
+    assert first.words == (
+        *("experiment=copying", *SMALL, "device=cpu", "data.task_args.length=2", f"{HEADS}=1"),
+        *("train.optim.lr=0.001", "train.seed=0", "data.seed=0"),
+    )
+    assert first.folder == "length=2,n_future_tokens=1,lr=0.001,seed=0"
+    assert dict(first.place) == {"budget": "parameters", "data.task_args.length": 2}
+
+
+def test_budgets_are_equal_in_what_they_say(monkeypatch):
+    """A baseline of two budgets is one run."""
+    monkeypatch.setattr(science, "_train", composed)
+    budgets = ["parameters", "trunk", "operations", "time"]
+    study = replace(STUDY, axes={}, tuned={}, budgets=budgets, seconds=5.0)
+    found = {(dict(c.place)["budget"], c.arm): c for c in cells_of(study) if c.seed == 0}
+    assert len({found[budget, 1].words for budget in budgets[:3]}) == 1
+    shapes = {key: resolved(cell.words) for key, cell in found.items()}
+    sizes = {key: estimate(*shape) for key, shape in shapes.items()}
+    assert sizes["parameters", 1]["parameters"] == sizes["parameters", 2]["parameters"]
+    assert shapes["trunk", 1][0].trunk_layers == shapes["trunk", 2][0].trunk_layers
+    one, other = sizes["operations", 1]["flops"], sizes["operations", 2]["flops"]
+    assert shapes["operations", 2][1].steps < 100 and other == pytest.approx(one, rel=0.01)
+    for arm in (1, 2):
+        assert shapes["time", arm][1].max_seconds == 5
+        assert shapes["time", arm][1].steps > 10**5
+
+
+# Cells.
+
+
+def test_a_cell_is_trained_once_and_read_back(tmp_path):
+    """The real command, on a word of one letter."""
+    words = "model.dim=16 train.steps=2 train.eval_every=1 train.eval_batches=1 train.batch_size=2"
+    study = replace(STUDY, axes={}, tuned={}, words=words.split(), tests={"two": {"length": 2}})
+    cell = cells_of(study)[0]
+    found = science.trained(cell, study, tmp_path / "a=1,b")
+    assert [step for step, _ in found["curve"]] == [1, 2] and found["step"] == 2
+    assert found["value"] == found["curve"][-1][1] and found["words"] == [*cell.words]
+    assert found["tests"].keys() == {"two"}
+    assert found["parameters"] > 10_000
+    file = tmp_path / "a=1,b" / "cell.json"
+    file.write_text(json.dumps(found | {"value": 0.123}))
+    assert science.trained(cell, study, tmp_path / "a=1,b")["value"] == 0.123
+    with pytest.raises(SystemExit, match="holds a cell of another study"):
+        science.trained(cell._replace(words=(*cell.words, "device=cpu")), study, tmp_path / "a=1,b")
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"), [("val_x", "there is val_y"), ("val_y", "there is none: stopped")]
+)
+def test_a_cell_that_was_stopped_or_has_no_such_measure_leaves_no_record(
+    measure, words, tmp_path, monkeypatch
+):
+    last = {"step": 2} if "stopped" in words else {"step": 2, "val_y": 1.0}
+
+    def train(*said):
+        assert said[-1] == "resume=auto"
+        (tmp_path / "run").mkdir()
+        rows = [{"step": 1, "val_y": 0.5}, last]
+        (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    monkeypatch.setattr(science, "_train", train)
+    study = replace(STUDY, measure=measure)
+    with pytest.raises(SystemExit, match=words):
+        science.trained(cells_of(study)[0], study, tmp_path)
+    assert not (tmp_path / "cell.json").exists()
+
+
+# What they say.
+
+
+def test_each_arm_has_its_best_and_is_compared_with_the_baseline_seed_by_seed():
+    study = replace(STUDY, axes={})
+    cells = cells_of(study)
+    values = {(1, 0.001): 0.3, (1, 0.01): 0.2, (2, 0.001): 0.1, (2, 0.01): 0.9}
+    found = {c: made(values[c.arm, dict(c.tuned)["train.optim.lr"]] + c.seed / 100) for c in cells}
+    baseline, other = table(study, cells, found)
+    assert baseline["tuned"] == {"train.optim.lr": 0.001} and baseline["mean"] == pytest.approx(
+        0.31
+    )
+    assert other["tuned"] == {"train.optim.lr": 0.01} and len(other["values"]) == 3
+    assert other["difference"]["low"] == pytest.approx(0.6)  # the seeds' own spread cancels
+    assert other["low"] < other["mean"] - 0.01
+    assert [baseline["verdict"], other["verdict"]] == ["open", "better"]
+    lower = replace(study, higher=False)
+    baseline, other = table(lower, cells, found)
+    assert baseline["tuned"] == {"train.optim.lr": 0.01} and other["verdict"] == "better"
+
+
+def test_a_difference_within_its_interval_stays_open():
+    study = replace(STUDY, axes={}, tuned={})
+    cells = cells_of(study)
+    noisy = {(1, s): 0.5 for s in range(3)} | {(2, 0): 0.9, (2, 1): 0.2, (2, 2): 0.8}
+    lines = table(study, cells, {c: made(noisy[c.arm, c.seed]) for c in cells})
+    assert lines[1]["mean"] > lines[0]["mean"] and lines[1]["verdict"] == "open"
+    worse = table(study, cells, {c: made(0.5 - 0.4 * (c.arm == 2) + c.seed / 99) for c in cells})
+    assert worse[1]["verdict"] == "worse"
+
+
+def test_a_study_writes_its_record_and_its_picture(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(science, "read_study", lambda name, quick: STUDY)
+    monkeypatch.setattr(science, "trained", lambda cell, study, folder: made(cell.arm / 4))
+    line = science.run(ScienceConfig("x", out=str(tmp_path), results=str(tmp_path / "results")))
+    entry = json.loads((tmp_path / "results" / "science_x.json").read_text())
+    assert (
+        len(entry["values"]["cells"]) == 24 and (tmp_path / "results/science_x.png").stat().st_size
+    )
+    assert len(line["table"]) == 4 and line["seeds"] == 3
+    assert json.loads(json.dumps(line)) == line
+
+
+def test_intervals_over_seeds_are_students():
+    """Quantiles of t as tables have them."""
+    for runs, t in ((2, 6.3138), (3, 2.9200), (5, 2.1318), (30, 1.6991)):
+        values = [0.0] * (runs - 1) + [1.0]
+        mean, low, high = over_seeds(values)
+        spread = math.sqrt((mean * (1 - mean)) * runs / (runs - 1))
+        assert (high - mean) == pytest.approx(t * spread / math.sqrt(runs), rel=1e-3)
+        assert mean - low == pytest.approx(high - mean)
+    many = over_seeds([0.0, 1.0] * 500)
+    assert many.high - 0.5 == pytest.approx(
+        NormalDist().inv_cdf(0.95) * 0.5 / math.sqrt(1000), rel=0.01
+    )
+    with pytest.raises(ValueError, match="1 runs: an interval over seeds needs at least 2"):
+        over_seeds([0.5])
