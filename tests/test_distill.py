@@ -90,8 +90,8 @@ def test_loss_and_gradients_are_those_of_the_definition(monkeypatch):
 
 def test_the_target_learns_nothing():
     target, loss_fn = tiny(), DistillLoss()
-    batch = next(taught(target))
-    draft = small()
+    draft, batch = small(), next(taught(target))
+    assert not batch.latent.requires_grad and not batch.weight.requires_grad
     loss_fn(draft, batch, loss_fn.count(batch))[0].backward()
     assert all(p.grad is not None for p in draft.parameters())
     assert all(p.grad is None for p in target.parameters())
