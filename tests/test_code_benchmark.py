@@ -280,7 +280,7 @@ def test_words_that_mean_nothing_are_refused(words, message):
         ({"form": "chat"}, "form='chat': allowed: completion"),
         ({"benchmark": "humaneval", "path": "/none"}, "path: HumanEval is neither a file"),
         ({"benchmark": "mbpp", "split": "dev"}, "split='dev': allowed: test"),
-        ({"models": "/none"}, "/none is no checkpoint"),
+        ({"models": "/none"}, "/none is no folder"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_drawn(config, words, message):
@@ -306,7 +306,7 @@ def test_the_command_runs_by_its_path_and_by_its_name(tmp_path):
         )
         assert done.returncode == 1
         assert (
-            done.stderr.startswith("error: /none is no checkpoint") and "\n" not in done.stderr[:-1]
+            done.stderr.startswith("error: /none is no folder") and "\n" not in done.stderr[:-1]
         )
 
 
