@@ -305,9 +305,7 @@ def test_the_command_runs_by_its_path_and_by_its_name(tmp_path):
             text=True,
         )
         assert done.returncode == 1
-        assert (
-            done.stderr.startswith("error: /none is no folder") and "\n" not in done.stderr[:-1]
-        )
+        assert done.stderr.startswith("error: /none is no folder") and "\n" not in done.stderr[:-1]
 
 
 # Models of transformers.
