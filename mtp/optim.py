@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +125,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is the nearest orthogonal matrix, at the size of an AdamW update: one
     learning rate and weight decay fit both (Jordan et al. 2024; Liu et al. 2025, eq. 4).
 
-    PyTorch's own rounds to bfloat16, which processors without such units emulate, and takes
-    matrices one by one; here those of one shape are one batch, in fp32 on a CPU.
+    PyTorch's own rounds to bfloat16 everywhere, and takes matrices one by one; here those of one
+    shape are one batch, in fp32 on processors that would only emulate bfloat16.
     """
 
     def __init__(
@@ -160,13 +160,19 @@ class Muon(torch.optim.Optimizer):
         return list(orthogonal(torch.stack(torch._foreach_lerp(grads, kept, momentum))).unbind())
 
 
+def multiplies_bfloat16(x: Tensor) -> bool:
+    """Whether the device has units for it: GPUs, and processors with AMX (five times as fast)."""
+    known: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # if new
+    return x.is_cuda or bool(known().get("amx_bf16"))
+
+
 def orthogonal(x: Tensor) -> Tensor:
     """Matrices (K, rows, columns) -> those of the same singular vectors and values near 1 (0.7 to
     1.2), by five steps of a quintic Newton-Schulz iteration.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero, Jordan et al. 2024
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
-    y = wide.bfloat16() if x.is_cuda else wide
+    y = wide.bfloat16() if x.dtype == torch.float32 and multiplies_bfloat16(x) else wide
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.mT
