@@ -398,3 +398,43 @@ def study_panels(
     figure.suptitle(question, fontsize=9, wrap=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def draft_panels(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Against the cost of a draft's token, on every domain: the share of its guesses that is kept,
+    and how many times as fast as plain decoding it is, exact and joint.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2), dpi=110, layout="constrained")
+    for i, (name, found) in enumerate(domains.items()):
+        drafts = sorted(found["drafts"].items(), key=lambda item: item[1]["cost"])
+        costs = [f["cost"] for _, f in drafts]
+        left.plot(costs, [f["acceptance"] for _, f in drafts], f"C{i}o-", label=name)
+        for draft, f in drafts:
+            at = (f["cost"], f["acceptance"])
+            left.annotate(
+                Path(draft).name, at, (4, 4), fontsize=7, color=f"C{i}", textcoords="offset points"
+            )
+        for kind, style in (("exact", "o-"), ("joint", "s--")):
+            means, lows, highs = (
+                np.array([f[kind]["speed"][key] for _, f in drafts])
+                for key in ("mean", "low", "high")
+            )
+            errors = [means - lows, highs - means]
+            line = {"color": f"C{i}", "capsize": 2, "label": f"{name}, {kind}"}
+            right.errorbar(costs, means, errors, fmt=style, **line)
+    right.axhline(1, color="0.6", lw=1)
+    left.set_ylabel("acceptance (teacher-forced)")
+    right.set_ylabel("times as fast as plain decoding")
+    for axes in (left, right):
+        axes.set_xlabel("seconds for a token of the draft, in those of the target")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
