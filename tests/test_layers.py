@@ -29,9 +29,8 @@ LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.overlap"),
     *("mtp.packages", "mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract"),
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
-    *("mtp.evaluate.scores", "mtp.consistency.filters"),
-    *("mtp.evaluate.schemas", "mtp.evaluate.scores"),
-    *("mtp.evaluate.scores", "mtp.interop.fetch"),
+    *("mtp.evaluate.scores", "mtp.evaluate.schemas", "mtp.consistency.filters"),
+    "mtp.interop.fetch",
     *("mtp.tasks.copying", "mtp.tasks.induction", "mtp.tasks.polynomial", "mtp.tasks.star_graph"),
 }
 EXACT = {

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import science
 from benchmarks.science import STUDIES, ScienceConfig, Study, cells_of, read_study, resolved, table
+from mtp.estimate import estimate
 from mtp.evaluate.scores import over_seeds
-from mtp.run import RunConfig, estimate
+from mtp.run import RunConfig
 
 hydra = pytest.importorskip("hydra")
 from omegaconf import OmegaConf  # noqa: E402
