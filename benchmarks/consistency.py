@@ -203,7 +203,7 @@ def summary(config: BenchmarkConfig, values: Mapping[str, Any]) -> dict[str, Any
         "quality_control": score["control"]["mean"],
         "quality_after": score["after"]["mean"],
         "quality_difference_interval": [difference["low"], difference["high"]],
-        "problems": config.problems,
+        "problems": values["problems"],
         "window": config.window,
         "window_cost": values["window_costs"][config.precision][config.window],
     }
@@ -251,6 +251,7 @@ def measured(
         "window_costs": window_costs(made.after, config, cached),
         "trajectories": {who: of_trajectories(found, tokenizer) for who, found in paths.items()},
         "quality": quality(models, problems, tokenizer, config.new_tokens),
+        "problems": len(problems),  # a task may have fewer than were asked for
     }
     return values, paths
 

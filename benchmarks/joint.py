@@ -90,7 +90,7 @@ def losses(
 
     def lacking(some: Sequence[list[int]]) -> list[float]:
         right = scores(setting.problems, setting.tokenizer, [mtp.Completion(t) for t in some])
-        return [1 - right[problem.prompt] for problem in setting.problems]
+        return [1 - score for score in right.values()]
 
     found = {
         "perplexity": {

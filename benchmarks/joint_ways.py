@@ -85,6 +85,11 @@ class JointConfig:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
         if self.task not in (allowed := ("text", *TASKS)):
             raise ValueError(f"task={self.task!r}: allowed are {', '.join(allowed)}")
+        if self.text and self.task != "text":
+            raise ValueError(f"text={self.text!r}: only task=text reads it, not task={self.task}")
+        for key in ("prompts", "prompt_tokens", "new_tokens", "rounds"):
+            if (given := getattr(self, key)) < 1:
+                raise ValueError(f"{key}={given}: must be at least 1")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: joint ways want more, 0 is greedy")
         for key in ("temperatures", "widths", "thresholds", "depths"):
@@ -145,12 +150,13 @@ def prepare(config: JointConfig, device: torch.device) -> Setting:
         if len({*prints}) > 1 or draft.config.vocab_size != target.config.vocab_size:
             raise ValueError(f"draft={config.draft!r} has another tokenizer than {config.model}")
         parameters["draft"], draft = parameters_of_pass(draft), draft.packed()
-    if draft is None and not target.extra_heads:
-        raise ValueError(f"model={config.model!r} has no heads that can draft: give draft=")
-    if found is None and config.task in TASKS:
-        raise ValueError(
-            f"model={config.model!r} has random weights: task={config.task} wants a trained one"
-        )
+    if draft is None and not grows_beams(target):
+        beamless = "heads that read each other's guesses, which make no beams"
+        heads = beamless if target.extra_heads else "no heads that can draft"
+        raise ValueError(f"model={config.model!r} has {heads}: give draft=")
+    if found is None and (config.text or config.task in TASKS):
+        wanting = f"text={config.text!r}" if config.text else f"task={config.task}"
+        raise ValueError(f"model={config.model!r} has random weights: {wanting} wants trained ones")
     count = PROBED + config.prompts
     problems = problems_of(config, count)
     prompts = list(prompts_of(config, found, problems, target.config.vocab_size, count))
@@ -162,11 +168,22 @@ def prepare(config: JointConfig, device: torch.device) -> Setting:
     )
 
 
+def grows_beams(target: Any) -> bool:
+    """Whether its own heads can, see `BeamHeads`."""
+    return bool(target.extra_heads and not target.reads_ahead)
+
+
 def problems_of(config: JointConfig, count: int) -> list[Problem]:
     """Held out; none where the task is to go on with text."""
     if config.task not in TASKS:
         return []
-    return list(islice(TASKS[config.task](True, conditions=config.conditions), count))
+    found = list(islice(TASKS[config.task](True, conditions=config.conditions), count))
+    if len(found) < count:
+        raise ValueError(
+            f"prompts={config.prompts}: task={config.task} has {len(found)} held-out problems, "
+            f"{PROBED} of which warm up"
+        )
+    return found
 
 
 def prompts_of(
@@ -250,7 +267,7 @@ def joint_ways(setting: Setting, config: JointConfig) -> dict[str, Way]:
             if width > 1:
                 tree = partial(beams, whole=True)
                 found[f"MMTAD, {at}"] = Way(JOINT, words, tree, **by_draft)
-        if target.extra_heads and not target.reads_ahead:
+        if grows_beams(target):
             of_heads = partial(BeamHeads, width=width)
             found[f"MTAD of heads, {at}"] = Way(JOINT, words, of_heads, **by_heads)
     return found

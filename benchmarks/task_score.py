@@ -58,9 +58,9 @@ def answer(
 def scores(
     problems: Sequence[Problem], tokenizer: Tokenizer, completions: Sequence[mtp.Completion]
 ) -> dict[str, float]:
-    """By prompt, what `compare` takes."""
-    pairs = zip(problems, completions, strict=True)
-    return {p.prompt: float(p.score(tokenizer.decode(c.tokens))) for p, c in pairs}
+    """In order, what `compare` takes: by the problem's number, as several may share a prompt."""
+    pairs = enumerate(zip(problems, completions, strict=True))
+    return {str(i): float(p.score(tokenizer.decode(c.tokens))) for i, (p, c) in pairs}
 
 
 def score(where: str, config: ScoreConfig) -> tuple[dict[str, float], dict[str, Any]]:

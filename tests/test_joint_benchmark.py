@@ -15,7 +15,7 @@ from conftest import tiny
 import mtp
 from benchmarks import energy, joint
 from benchmarks.beam_search import beam_search
-from benchmarks.joint import costs
+from benchmarks.joint import costs, losses
 from benchmarks.joint import energy as energy_figures
 from benchmarks.joint_ways import (
     PROBED,
@@ -28,6 +28,7 @@ from benchmarks.joint_ways import (
     prepare,
     ways,
 )
+from benchmarks.tasks import TASKS, Problem
 from mtp.decode.joint import block_law
 from mtp.tokenizer import ByteTokenizer
 
@@ -359,6 +360,11 @@ def test_quick_is_written_beside_the_whole():
         ({"thresholds": [0.5, 2.0]}, "threshold=2.0 must lie in"),
         ({"widths": []}, "widths=.*: give one at least"),
         ({"depths": [0]}, "depths=.*: all must be at least 1"),
+        ({"prompts": 0}, "prompts=0: must be at least 1"),
+        ({"prompt_tokens": 0}, "prompt_tokens=0: must be at least 1"),
+        ({"new_tokens": -1}, "new_tokens=-1: must be at least 1"),
+        ({"rounds": 0}, "rounds=0: must be at least 1"),
+        ({"task": "sql", "text": "a"}, "text='a': only task=text reads it, not task=sql"),
     ],
 )
 def test_words_that_mean_nothing_are_refused(words, message):
@@ -370,8 +376,32 @@ def test_models_that_do_not_fit_are_refused(folder, monkeypatch):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match="has no heads that can draft: give draft="):
         prepare(toy(folder, model=str(folder / "draft"), draft=""), device)
-    monkeypatch.setattr("benchmarks.joint_ways.shape", lambda name: tiny().config)
+    monkeypatch.setattr("benchmarks.joint_ways.shape", lambda name: tiny("sequential").config)
+    with pytest.raises(ValueError, match="has heads that read each other's .*: give draft="):
+        prepare(toy(folder, model="toy", draft=""), device)
     with pytest.raises(ValueError, match="draft='toy' has another tokenizer than"):
         prepare(toy(folder, draft="toy"), device)
     with pytest.raises(ValueError, match="model='toy' has random weights: task=sql wants"):
         prepare(toy(folder, model="toy", draft="toy", task="sql"), device)
+    with pytest.raises(ValueError, match="model='toy' has random weights: text='a' wants"):
+        prepare(toy(folder, model="toy", draft="toy", text="a"), device)
+
+
+def test_a_task_with_fewer_problems_is_refused(folder, monkeypatch):
+    monkeypatch.setitem(TASKS, "sql", lambda *_, **words: iter(SHARED))
+    with pytest.raises(ValueError, match="prompts=2: task=sql has 2 held-out problems, 3 of which"):
+        prepare(toy(folder, task="sql"), torch.device("cpu"))
+
+
+SHARED = [Problem("a prompt", text, lambda answer, text=text: answer == text) for text in "xy"]
+
+
+def test_problems_that_share_a_prompt_have_scores_of_their_own():
+    requests = [mtp.Request([1], 1)] * (PROBED + 2)
+    setting = a_setting(requests=requests, tokenizer=ByteTokenizer(), problems=SHARED)
+    setting = replace(setting, target=tiny(vocab_size=257))
+    found = losses(setting, {"one": [[ord("x")], [ord("x")]], "other": [[ord("x")], [ord("y")]]})
+    assert {name: list(lacking) for name, lacking in found["score"].items()} == {
+        "one": [0, 1],
+        "other": [0, 0],
+    }

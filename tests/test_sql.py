@@ -214,6 +214,8 @@ def test_scores_are_of_the_text_before_the_end_token():
     texts = [first, second, "SELECT 1", last[:-4]]
     done = [mtp.Completion([*tokenizer.encode(text), tokenizer.end_id]) for text in texts]
     assert list(scores(problems, tokenizer, done).values()) == [1, 1, 0, 0]
+    alike = [problem._replace(prompt="alike") for problem in problems]
+    assert list(scores(alike, tokenizer, done).values()) == [1, 1, 0, 0]
 
 
 def test_answers_stop_at_the_end_token_or_the_limit(held_out):
