@@ -242,7 +242,8 @@ def of_run(run_dir: Path) -> list[Path]:
 
 def fingerprint(folder: Path) -> str:
     """What tells a model from others by its folder, ours or Hugging Face's: a hash of its files,
-    their names too, without those of training alone.
+    their names too, without those of training alone. Of our config.json all of it counts, notes
+    and every file's checksum: the same weights saved with other progress are another model.
     """
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -316,7 +317,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / _CONFIG).read_text())
         version, model = config["format_version"], {**config["model"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise Damaged(
+            f"{folder / _CONFIG} is no checkpoint config of this library: it has no {error}. Of a "
+            f"Hugging Face folder, scripts/convert.py source_format=llama out_format=mtp makes a "
+            f"checkpoint if it is a Llama's"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise Damaged(f"{folder / _CONFIG} is no checkpoint config: {error!r}") from error
     if version != FORMAT_VERSION:
         raise ValueError(

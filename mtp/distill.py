@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class DistillConfig:
                 raise ValueError(
                     f"distill.{key}={getattr(self, key)!r}: allowed are {', '.join(allowed)}"
                 )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"distill.temperature={self.temperature} must be at least 0, and finite"
+            )
 
 
 def check_draft(
@@ -143,11 +148,12 @@ class Taught(NamedTuple):
 
 class TaughtBatches:
     """Batches of one-token rows as the target sees them. Positions count that predict a target in
-    their own document. fingerprint: of the target; a state of another's is refused.
+    their own document. identity: what says the target and the kind of texts; a state of others is
+    refused.
     """
 
-    def __init__(self, target: Transformer, fingerprint: str, texts: Source) -> None:
-        self.target, self.texts, self._identity = target, texts, {"target": fingerprint}
+    def __init__(self, target: Transformer, identity: dict[str, Any], texts: Source) -> None:
+        self.target, self.texts, self._identity = target, texts, identity
 
     def __iter__(self) -> TaughtBatches:
         return self
@@ -173,14 +179,16 @@ class TaughtBatches:
 
 class OwnTexts:
     """Batches of texts that a constant model writes, `at_once` together; what it wrote are the
-    targets. Text i depends on the prompts and i alone, so the state is how many were read, on each
-    rank. fingerprint: of all ranks' prompts.
+    targets. Text i depends on `identity` and i alone, so the state is how many were read, on each
+    rank. identity: of all ranks' prompts, and how they go on.
     """
 
-    def __init__(self, source: OnPolicy, batch_size: int, at_once: int, fingerprint: str) -> None:
+    def __init__(
+        self, source: OnPolicy, batch_size: int, at_once: int, identity: dict[str, Any]
+    ) -> None:
         self.source, self.batch_size, self.at_once = source, batch_size, at_once
         self.read, self.waiting = 0, list[Trajectory]()
-        self._identity = {"prompts": fingerprint}
+        self._identity = identity
 
     def __next__(self) -> Batch:
         while len(self.waiting) < self.batch_size:
@@ -257,8 +265,14 @@ def make_texts(
         stop=stop_at(tokenizer.end_id),
         sampling=Sampling(config.temperature),
     )
-    fingerprint = hashlib.sha256(json.dumps(prompts).encode("ascii")).hexdigest()[:16]
-    return OwnTexts(source, batch_size, config.batch_size, fingerprint)
+    identity = {
+        "prompts": hashlib.sha256(json.dumps(prompts).encode("ascii")).hexdigest()[:16],
+        "seed": data.seed,
+        "seq_len": data.seq_len,
+        "prompt_tokens": config.prompt_tokens,
+        "temperature": config.temperature,
+    }
+    return OwnTexts(source, batch_size, config.batch_size, identity)
 
 
 # The loss, and how good a draft is.

@@ -394,7 +394,10 @@ def _taught(
     target = load_target(config.distill, find_device(config.device))
     name = checkpoint.fingerprint(checkpoint.find(str(config.distill.target)))
     given = config.distill, config.data, tokenizer, target, config.train.batch_size
-    batches, held_out = (TaughtBatches(target, name, make_texts(*given, p)) for p in (False, True))
+    identity = {"target": name, "text": config.distill.text}
+    batches, held_out = (
+        TaughtBatches(target, identity, make_texts(*given, part)) for part in (False, True)
+    )
     evaluate = draft_evaluator(held_out, config.train.eval_batches)
     return Data(batches, evaluate, {"target": name})
 

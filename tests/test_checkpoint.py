@@ -44,7 +44,7 @@ def saved(tmp_path):
     return save(tiny(), tmp_path / "saved", ByteTokenizer(), training(), {"note": [1, "two"]})
 
 
-def test_the_fingerprint_is_of_what_a_model_writes_and_of_nothing_else(saved, tmp_path):
+def test_the_fingerprint_is_of_all_files_but_those_of_training(saved, tmp_path):
     was = fingerprint(saved)
     assert fingerprint(shutil.copytree(saved, tmp_path / "training-done")) == was
     for name in ("training.json", "optimizer.safetensors"):
@@ -55,7 +55,14 @@ def test_the_fingerprint_is_of_what_a_model_writes_and_of_nothing_else(saved, tm
         other = shutil.copytree(saved, tmp_path / f"other-{name}")
         (other / name).write_bytes((other / name).read_bytes() + b" ")
         others.append(fingerprint(other))
-    assert len({was, *others}) == 4
+    again = save(tiny(), tmp_path / "again", ByteTokenizer(), None, {"note": [1, "two"]})
+    assert len({was, *others, fingerprint(again)}) == 5  # other checksums in its config
+
+
+def test_a_hugging_face_folder_is_refused_with_the_way_to_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="no checkpoint config of this library.*convert.py source"):
+        load(tmp_path)
 
 
 # What is saved comes back.

@@ -291,6 +291,17 @@ def test_new_trajectories_take_the_places_of_the_oldest_and_are_part_of_the_stat
     assert again.refreshed == source.refreshed == 9
 
 
+def test_a_state_that_does_not_speak_of_refreshing_goes_on_with_it():
+    source = batches()
+    next(source)
+    state = source.state_dict()
+    del state["drawn"]
+    again = batches(refresh=Given(NEW))
+    again.load_state_dict(state)
+    next(again)
+    assert again.refreshed == 2
+
+
 @pytest.mark.parametrize(
     ("every", "refreshed"), [(1, [1, 3, 5, 7]), (2, [0, 1, 1, 3]), (4, [0, 0, 0, 1])]
 )

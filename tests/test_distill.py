@@ -41,13 +41,13 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 1], [2, 7, 7]]
 NEW, END = 6, 0
 
 
-def own_texts(target, group=2, rows=3, fingerprint="any"):
+def own_texts(target, group=2, rows=3, prompts="any"):
     source = OnPolicy(target, PROMPTS, 1, NEW, 5, stop_at(END), Sampling())
-    return OwnTexts(source, rows, group, fingerprint)
+    return OwnTexts(source, rows, group, {"prompts": prompts})
 
 
 def taught(target, **options):
-    return TaughtBatches(target, "any", own_texts(target, **options))
+    return TaughtBatches(target, {"target": "any"}, own_texts(target, **options))
 
 
 def small(**options):
@@ -152,9 +152,9 @@ def test_a_state_of_another_target_or_other_prompts_is_refused():
     target = tiny()
     state = taught(target).state_dict()
     with pytest.raises(ValueError, match="its target is any, not other"):
-        TaughtBatches(target, "other", own_texts(target)).load_state_dict(state)
+        TaughtBatches(target, {"target": "other"}, own_texts(target)).load_state_dict(state)
     with pytest.raises(ValueError, match="its prompts is any, not other"):
-        taught(target, fingerprint="other").load_state_dict(state)
+        taught(target, prompts="other").load_state_dict(state)
 
 
 @pytest.fixture
@@ -255,6 +255,29 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(text, config):
     assert metrics(config) == metrics(whole)
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("distill", {"temperature": 0.5}, "its temperature is 1.0, not 0.5"),
+        ("distill", {"text": "data"}, "its text is target, not data"),
+        ("data", {"seq_len": 11}, "its seq_len is 12, not 11"),
+    ],
+)
+def test_a_run_does_not_go_on_with_texts_of_another_kind(part, changes, words, config, tmp_path):
+    """Of questions, which stay the same prompts whatever the length of what follows."""
+    lines = '{"prompt": "a?", "completion": "bcdefghijk"}\n' * 4
+    (tmp_path / "questions.jsonl").write_text(lines)
+    path = str(tmp_path / "questions.jsonl")
+    config.data = DataConfig("jsonl", path, val_path=path, seq_len=12)
+    config.train = replace(config.train, steps=1)
+    run(config)
+    config.train = replace(config.train, steps=2)
+    changed = {part: replace(getattr(config, part), **changes)}
+    with pytest.raises(ValueError, match=f"state of other data: {words}"):
+        run(replace(config, resume="true", **changed))
+    assert run(replace(config, resume="true")).step == 2
+
+
 def test_a_target_in_bfloat16_is_constant_and_packed_where_that_is_possible(config):
     target = load_target(replace(config.distill, precision="bfloat16"), torch.device("cpu"))
     assert not any(p.requires_grad for p in target.parameters()) and not target.training
@@ -332,6 +355,8 @@ def test_questions_that_are_all_too_long_are_refused(config, tmp_path):
         ({"precision": "x"}, "distill.precision='x': allowed are float32, bfloat16"),
         ({"prompt_tokens": 0}, "distill.prompt_tokens=0 must be at least 1"),
         ({"batch_size": 0}, "distill.batch_size=0 must be at least 1"),
+        ({"temperature": -0.5}, "distill.temperature=-0.5 must be at least 0"),
+        ({"temperature": float("inf")}, "distill.temperature=inf must be at least 0, and finite"),
     ],
 )
 def test_impossible_values_are_refused_by_key_and_value(values, words):

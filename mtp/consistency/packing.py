@@ -231,7 +231,7 @@ class TrajectoryBatches:
         if state["pool"] is not None:
             self._pool = [Trajectory(**trajectory) for trajectory in state["pool"]]
         if self._refresh:
-            self._refresh.drawn = state["drawn"]
+            self._refresh.drawn = state.get("drawn", 0)  # not said where there was no refreshing
 
     def _draw(self, number: int) -> _Row:
         epoch, place = divmod(number, len(self._pool))
