@@ -3,7 +3,8 @@
 import json
 import os
 import pickle
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 
 import pytest
 import torch
@@ -163,6 +164,29 @@ def test_other_rules_give_the_greedy_text_too(rule):
     model, requests = adapted("llama"), some_requests(stop=False)
     drafter = DraftModel(adapted("llama", seed=1))
     assert texts(generate(model, requests, drafter, rule=rule)) == usual_truths("llama")
+
+
+CACHE_WORDS = ("past_key_values", "cache")  # before transformers 5.24, and since
+
+
+@pytest.mark.parametrize("word", CACHE_WORDS)
+def test_a_cache_goes_in_by_the_name_that_the_model_has_for_it(word):
+    model = tiny_of("llama")
+    theirs = model.base_model.forward
+    own = next(key for key in CACHE_WORDS if key in signature(theirs).parameters)
+    given = {
+        "past_key_values": lambda past_key_values=None, **more: (past_key_values, more),
+        "cache": lambda cache=None, **more: (cache, more),
+    }[word]
+
+    @wraps(given)  # its signature too
+    def forward(**words):
+        cache, more = given(**words)
+        return theirs(**more | {own: cache})
+
+    model.base_model.forward = forward
+    found = generate(CausalLM(model), some_requests(stop=False))
+    assert texts(found) == usual_truths("llama")
 
 
 def test_ours_is_drafted_for_by_theirs():

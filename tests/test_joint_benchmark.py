@@ -139,7 +139,6 @@ def test_parameters_are_those_that_multiply(overrides):
     assert energy.parameters_of_head(model) == head + model.output.weights[0].numel()
 
 
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")  # in 5.24, for the adapter
 def test_a_causal_lm_of_transformers_is_read_and_counted_too():
     transformers = pytest.importorskip("transformers")
     from mtp.interop.huggingface import CausalLM

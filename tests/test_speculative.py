@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from mtp.decode.drafters import OwnHeads  # noqa: E402
 from mtp.decode.loop import generate  # noqa: E402
 from mtp.interop.attach import attach_heads  # noqa: E402
+from mtp.interop.custom_generate import cache_word  # noqa: E402
 from mtp.interop.huggingface import CausalLM  # noqa: E402
 from mtp.interop.llama import load_llama  # noqa: E402
 from mtp.interop.speculative import CODE, save_speculative  # noqa: E402
@@ -104,6 +105,16 @@ def test_a_model_opened_with_trust_drafts_unasked_and_streams(tmp_path):
     text = trusting.generate(torch.tensor([[1, 2, 3]]), streamer=Streamer(), **given)
     assert heard == [*text[0].tolist(), "end"]
     assert text[0, 3:].tolist() == spoken(theirs, None, [1, 2, 3])[0]
+
+
+def test_a_cache_goes_in_by_the_name_that_a_model_has_for_it():
+    class Old:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class New:
+        def forward(self, input_ids, cache=None): ...
+
+    assert [cache_word(kind) for kind in (Old, New)] == ["past_key_values", "cache"]
 
 
 IMPOSSIBLE = {

@@ -13,6 +13,7 @@ Letters: T new tokens of a pass, K guesses, D width, V vocabulary.
 
 import json
 from functools import partial
+from inspect import signature
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,7 +49,7 @@ def decode(
     **model_kwargs,
 ):
     """input_ids (1, T) -> the whole text (1, T')."""
-    cache: DynamicCache = model_kwargs.get("past_key_values")
+    cache: DynamicCache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     refuse(input_ids, generation_config, cache, model_kwargs.get("attention_mask"))
     heads, text, guesses = heads_of(model), input_ids, input_ids[:, :0]
     heads.forget()
@@ -81,7 +82,7 @@ def refuse(input_ids, generation_config, cache, attention_mask):
         raise ValueError("attention_mask hides tokens: decoding with heads takes none that does")
     if type(cache) is not DynamicCache or cache.get_seq_length():
         raise ValueError(
-            "decoding with heads takes an empty DynamicCache: leave past_key_values, "
+            "decoding with heads takes an empty DynamicCache: leave cache, past_key_values, "
             "cache_implementation and use_cache unset"
         )
     if generation_config.return_dict_in_generate:
@@ -99,6 +100,11 @@ def end(text, streamer):
     return text
 
 
+def cache_word(kind):
+    """The keyword for the cache of a kind of model: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
+
+
 class Residual(nn.Linear):
     def forward(self, x):
         return x + F.silu(super().forward(x))
@@ -113,7 +119,8 @@ class Block(nn.Module):
         self.layer.embed_tokens, self.layer.norm = None, nn.Identity()
 
     def forward(self, x):
-        return self.layer(inputs_embeds=x, past_key_values=self.cache).last_hidden_state
+        words = {cache_word(LlamaModel): self.cache}
+        return self.layer(inputs_embeds=x, **words).last_hidden_state
 
 
 class Heads(nn.Module):
@@ -139,7 +146,8 @@ class Heads(nn.Module):
         module = model.get_submodule(self.reads)
         hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
-            output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
+            words = {cache_word(type(model)): cache}
+            output = model(tokens, use_cache=True, logits_to_keep=last, **words)
         finally:
             hook.remove()
         return output.logits, seen[0] if torch.is_tensor(seen[0]) else seen[0][0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class CausalLM:
         self.model, self.name = model.eval(), type(model).__name__
         self.base, self.head = model.base_model, model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
+        takes = signature(self.base.forward).parameters
+        self.cache_word = "cache" if "cache" in takes else "past_key_values"  # from 5.24 on `cache`
         theirs = model.config.get_text_config()
         if problem := _unfit(model, theirs):
             raise ValueError(f"{self.name} cannot be decoded here: {problem}")
@@ -89,8 +92,8 @@ class CausalLM:
             input_ids=tokens,
             position_ids=layout.positions.clamp(max=self.config.max_seq_len - 1),  # overhang
             attention_mask=layout.mask,
-            past_key_values=cache.theirs,
             use_cache=True,
+            **{self.cache_word: cache.theirs},
         ).last_hidden_state
         return latent, latent
 
