@@ -16,6 +16,9 @@ ahead, complete once head j's latent was taken. Kinds (paper, section 2 and appe
     transformer  one block per head, all reading z        (the method)
     linear       one d x d map per head, all reading z
     residual     head 1 is z itself, others z + SiLU(Wz)  (Medusa, Cai et al. 2024)
+    identity     every head is z itself: with a shared unembedding several targets on one set of
+                 logits, without parameters (modded-nanogpt), with replicated ones n linear maps to
+                 the vocabulary (facebookresearch/lingua)
     causal       head i reads head i - 1
     anticausal   head n reads z, head i reads head i + 1, so head 1 comes last
     sequential   head 1 is z itself, a block per later head reads head i - 1 and token t + i - 1
@@ -212,6 +215,10 @@ def _residual(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return ParallelHeads([IdentityHead(), *later], layers_per_head=0)
 
 
+def _identity(n: int, dim: int, block: Make, norm: Make) -> Heads:
+    return ParallelHeads([IdentityHead() for _ in range(n)], layers_per_head=0)
+
+
 def _causal(n: int, dim: int, block: Make, norm: Make) -> Heads:
     return CausalHeads([block() for _ in range(n)])
 
@@ -228,6 +235,7 @@ HEADS: dict[str, HeadKind] = {
     "transformer": HeadKind(_parallel, takes_blocks=True),
     "linear": HeadKind(_linear, takes_blocks=False),
     "residual": HeadKind(_residual, takes_blocks=False),
+    "identity": HeadKind(_identity, takes_blocks=False),
     "causal": HeadKind(_causal, takes_blocks=True),
     "anticausal": HeadKind(_anticausal, takes_blocks=True),
     "sequential": HeadKind(_sequential, takes_blocks=False),

@@ -17,7 +17,7 @@ a line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Score = Callable[..., Any]
+Schedule = Callable[[float, int], Sequence[float]]  # share of a run done, n -> factor of each head
 # name -> (sum, count): a ratio is taken after all sums are in. What is learned is called loss_1,
 # loss_2, ... of heads, else loss_ and the term's name.
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -332,13 +333,19 @@ class MultiTokenLoss:
 
     `cut` says where the sequential routine takes over: "trunk" frees each head's activations before
     the next head runs (parallel heads; one process or DDP), "latents" works for every head kind and
-    for sharded models, "auto" picks.
+    for sharded models, "auto" picks. `schedule` multiplies the weights by what the share of the run
+    that is done says; heads behind the last one that counts are not run at all, nor changed by an
+    optimizer. `targets` and `score` are what is learned: the latter gets the former's first result
+    as it is, the second is which terms of each head (N, B, T) count.
     """
 
     n_future_tokens: int
     head_weights: Sequence[float] | None = None
     cut: str = "auto"
     score: Score = sequential
+    schedule: Schedule | None = None
+    targets: Callable[[Batch, int], tuple[Tensor, Tensor]] = future_targets
+    done: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         if self.n_future_tokens < 1:
@@ -355,24 +362,37 @@ class MultiTokenLoss:
         """Valid targets per head (N,), without a model: summed over micro-batches and ranks it is
         the denominator.
         """
-        return future_targets(batch, self.n_future_tokens)[1].sum((1, 2))
+        return self.targets(batch, self.n_future_tokens)[1].sum((1, 2))
+
+    def at(self, done: float) -> None:
+        """How much of the run is done, 0..1: `mtp.train.train` says it before every step."""
+        self.done = done
 
     def __call__(
         self, model: nn.Module, batch: Batch, denominator: Tensor
     ) -> tuple[Tensor, Metrics]:
-        targets_NBT, valid_NBT = future_targets(batch, self.n_future_tokens)
+        n = self.n_future_tokens
+        targets, valid_NBT = self.targets(batch, n)
         dtype = wide(next(model.parameters()).dtype)
-        weights = self.head_weights or [1.0] * self.n_future_tokens
-        head_weights = torch.tensor(weights, dtype=dtype, device=denominator.device)
+        weights = self.head_weights or [1.0] * n
+        row, known = batch.row, batch.known
+        if self.schedule is not None:
+            factors = self.schedule(self.done, n)
+            weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+            upto = max(i for i, factor in enumerate(factors, 1) if factor)
+            if upto < n:
+                row, known = row[:, : row.shape[1] - n + upto], known | {"upto": upto}
+                n, targets, valid_NBT = upto, targets[:upto], valid_NBT[:upto]
+        head_weights = torch.tensor(weights[:n], dtype=dtype, device=denominator.device)
         # A head without valid targets has a zero mask: its loss is zero, whatever it is divided by.
-        scale_NBT = valid_NBT * (head_weights / denominator.clamp(min=1e-30))[:, None, None]
+        scale_NBT = valid_NBT * (head_weights / denominator[:n].clamp(min=1e-30))[:, None, None]
 
         def score(fns, inputs, weights, params):
-            return self.score(fns, inputs, weights, targets_NBT, scale_NBT, params)
+            return self.score(fns, inputs, weights, targets, scale_NBT, params)
 
-        loss, nll_NBT = model(batch.row, score=score, cut=self.cut, **batch.known)
+        loss, nll_NBT = model(row, score=score, cut=self.cut, **known)
         sums, counts = (nll_NBT * valid_NBT).sum((1, 2)), valid_NBT.sum((1, 2))
-        return loss, {f"loss_{i + 1}": (sums[i], counts[i]) for i in range(self.n_future_tokens)}
+        return loss, {f"loss_{i + 1}": (sums[i], counts[i]) for i in range(n)}
 
 
 def mtp_loss(

@@ -41,10 +41,10 @@ class ModelConfig:
     """Meta's names, so that a `params.json` reads as this. `n_layers` counts trunk blocks and block
     heads together.
 
-    A trunk that keeps its L blocks beside n heads is `n_layers = L + n - 1`. Linear, residual and
-    sequential heads take no block from the trunk. hidden_dim: width of the feed-forward layer, by
-    default 8/3 dim rounded up to `multiple_of`. rope_scaling: how Llama 3.1 slows its rotary
-    positions, by the names of its own config, see `slowed`.
+    A trunk that keeps its L blocks beside n heads is `n_layers = L + n - 1`. Linear, residual,
+    identity and sequential heads take no block from the trunk. hidden_dim: width of the
+    feed-forward layer, by default 8/3 dim rounded up to `multiple_of`. rope_scaling: how Llama 3.1
+    slows its rotary positions, by the names of its own config, see `slowed`.
     """
 
     dim: int = 256

@@ -47,6 +47,7 @@ from mtp.hooks import (
 )
 from mtp.loss import MultiTokenLoss
 from mtp.model import ModelConfig, Transformer
+from mtp.objectives import SCHEDULES, SUMMARIES, summary_loss
 from mtp.optim import Optimizer
 from mtp.problems import ProblemBatches, check_rows
 from mtp.problems import evaluator as task_evaluator
@@ -61,11 +62,13 @@ RECORD, METRICS = "run.json", "metrics.jsonl"
 
 @dataclass
 class RunConfig:
-    """model.vocab_size comes from the tokenizer. objective: tokens of a corpus, consistency, or
+    """model.vocab_size comes from the tokenizer. objective: tokens of a corpus; order or bag, where
+    the last head learns a summary of the next `window` tokens (`mtp.objectives`); consistency; or
     distill, whose tokenizer and vocabulary are the target's.
     init_from: a checkpoint or run directory to start from, which brings model and tokenizer.
     resume: go on from run_dir's newest checkpoint; auto: if there is one. dry_run: only say what
     the run will take. wandb: a project's name. head_weights: one per head, null for all 1.
+    head_schedule: how they change during the run, a key of `mtp.objectives.SCHEDULES`.
     sample_every: seconds between samples of sample_prompt, 0 for none.
     """
 
@@ -78,6 +81,8 @@ class RunConfig:
     wandb: str | None = None
     device: str = "auto"
     head_weights: list[float] | None = None
+    head_schedule: str | None = None
+    window: int = 32
     sample_prompt: str = "def "
     sample_every: float = 30.0
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -90,6 +95,12 @@ class RunConfig:
         self.resume = resume_word(self.resume)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r}: allowed are {', '.join(OBJECTIVES)}")
+        if self.head_schedule is not None and self.head_schedule not in SCHEDULES:
+            raise ValueError(
+                f"head_schedule={self.head_schedule!r}: allowed are {', '.join(SCHEDULES)}, or null"
+            )
+        if self.head_schedule is not None and self.objective != "tokens":
+            raise ValueError(f"head_schedule: not together with objective={self.objective}")
         if self.objective == "consistency" and self.consistency.trajectories is None:
             raise ValueError("consistency.trajectories: give the folder of a collection")
         if self.objective == "consistency" and self.init_from is None:
@@ -323,7 +334,12 @@ def _token_loss(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> 
         raise ValueError(f"data.seq_len={seq_len} is shorter than model.n_future_tokens={n}")
     if config.data.source == "task":
         check_rows(config.data)
-    return MultiTokenLoss(n, config.head_weights)
+    if config.objective in SUMMARIES:
+        if config.window >= seq_len:
+            raise ValueError(f"window={config.window} must be below data.seq_len={seq_len}")
+        return summary_loss(config.objective, n, config.window, config.head_weights)
+    schedule = None if config.head_schedule is None else SCHEDULES[config.head_schedule]
+    return MultiTokenLoss(n, config.head_weights, schedule=schedule)
 
 
 def _tokens(
@@ -403,7 +419,7 @@ def _taught(
 
 
 OBJECTIVES = {
-    "tokens": Objective(_token_loss, _tokens),
+    **{word: Objective(_token_loss, _tokens) for word in ("tokens", *SUMMARIES)},
     "consistency": Objective(_consistency_loss, _trajectories),
     "distill": Objective(_distill_loss, _taught),
 }

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,13 @@ class Loss(Protocol):
     ) -> tuple[Tensor, Metrics]: ...
 
 
+@runtime_checkable
+class Scheduled(Protocol):
+    """A loss that changes during a run: it hears before every step which share is done, 0..1."""
+
+    def at(self, done: float) -> None: ...
+
+
 class Batches(Protocol):
     """Endless or long enough; `state_dict` resumes exactly."""
 
@@ -172,7 +179,10 @@ def train(
     meter = Meter(device)
     while not (progress.stopped or finished(progress, config)):
         started = time.perf_counter()
-        lr = config.optim.lr * schedule(progress.step, _done(progress, config), config.optim)
+        done = _done(progress, config)
+        lr = config.optim.lr * schedule(progress.step, done, config.optim)
+        if isinstance(loss_fn, Scheduled):
+            loss_fn.at(done)
         tokens = train_step(model, batches, loss_fn, config, meter, progress.step)
         optimizer.step(lr)
         progress.step += 1

@@ -17,6 +17,7 @@ READS = {
     "linear": EYE,
     "residual": EYE
     & ~torch.eye(N, 1, dtype=torch.bool),  # head 1 is the trunk's output: it has no parameters
+    "identity": torch.zeros(N, N, dtype=torch.bool),
     "causal": torch.ones(N, N, dtype=torch.bool).tril(),
     "anticausal": torch.ones(N, N, dtype=torch.bool).triu(),
     "sequential": torch.ones(N, N, dtype=torch.bool).tril() & ~torch.eye(N, 1, dtype=torch.bool),

@@ -47,6 +47,7 @@ EXACT = {
     "mtp.decode.jacobi": {"mtp.decode.contract", "mtp.decode.sampling"},
     "mtp.meter": {"mtp.distributed", "mtp.loss"},
     "mtp.divergence": {"mtp.loss"},
+    "mtp.objectives": {"mtp.loss"},
     "mtp.evaluate.sql": {"mtp.evaluate.schemas"},
     "mtp.evaluate.code": {
         *("mtp.decode.contract", "mtp.documents", "mtp.evaluate.sandbox", "mtp.tokenizer"),

@@ -33,7 +33,7 @@ CASES = [
     (kind, cut)
     for kind in KINDS
     for cut in ("auto", "trunk", "latents")
-    if cut != "trunk" or kind in ("transformer", "linear", "residual")
+    if cut != "trunk" or kind in ("transformer", "linear", "residual", "identity")
 ]
 
 
@@ -255,6 +255,8 @@ def test_frozen_parameters_get_no_gradient_and_the_others_stay_right(kind, cut, 
     truth = learn(model, batch, reference, "latents")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(FROZEN[frozen]))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        pytest.skip("heads without parameters have nothing to learn")
     got = learn(model, batch, sequential, cut)
     wanted = {name: None if name.startswith(FROZEN[frozen]) else g for name, g in truth[2].items()}
     assert_same(got, (*truth[:2], wanted))

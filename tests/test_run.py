@@ -2,7 +2,10 @@
 
 import json
 import logging
+import math
+import os
 import shutil
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -169,6 +172,50 @@ def test_head_weights_reach_the_loss(config):
     first, second = metrics(plain), metrics(weighted)
     assert first[0]["loss_3"] == second[0]["loss_3"]
     assert first[0]["grad_norm"] > second[0]["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        ({"head_schedule": "x"}, "head_schedule='x': allowed are forward, reverse, annealed, or"),
+        ({"head_schedule": "reverse", "objective": "bag"}, "not together with objective=bag"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(config, words, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        replace(config, **words)
+
+
+def test_a_summary_that_cannot_be_is_refused(config):
+    config.objective = "order"
+    with pytest.raises(ValueError, match="window=32 must be below data.seq_len=16"):
+        run(config)
+    config.window = 0
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        run(config)
+    config.model = replace(config.model, n_future_tokens=1)
+    with pytest.raises(ValueError, match="n_future_tokens=1 must be at least 2: objective=order"):
+        run(config)
+
+
+@pytest.mark.parametrize("objective", ["order", "bag"])
+def test_a_last_head_that_learns_a_summary_trains_and_validates(config, objective):
+    config.objective, config.window = objective, 8
+    run(config)
+    last = metrics(config)[-1]
+    assert math.isfinite(last["loss_3"]) and "val_bits_per_byte_1" in last
+
+
+def test_a_schedule_is_gone_through_and_resumed_as_it_was(config):
+    config.head_schedule = "reverse"
+    config.train = replace(config.train, steps=6)
+    run(config)
+    heads = [sum(key.startswith("loss_") for key in line) for line in metrics(config)]
+    assert heads == [3, 3, 2, 2, 1, 1]
+    halves = replace(config, run_dir=f"{config.run_dir}2")
+    run(halves, hooks=[lambda p: p.step == 3 and os.kill(os.getpid(), signal.SIGTERM)])
+    run(replace(halves, resume="true"))
+    same_checkpoints(config, halves)
 
 
 # Estimates.
