@@ -93,9 +93,59 @@ def of_joint(v: Values) -> str:
     )
 
 
+def by_width(v: Values, budget: str = "parameters") -> dict[int | None, dict[Any, Values]]:
+    """A study's lines at one budget: arm -> line for every width, None where it has only one."""
+    found: dict[int | None, dict[Any, Values]] = {}
+    for line in v["table"]:
+        if line["place"]["budget"] == budget:
+            found.setdefault(line["place"].get("model.dim"), {})[line["arm"]] = line
+    return found
+
+
+def over_baseline(*arms: Any, budget: str = "parameters") -> Callable[[Values], str]:
+    def ours(v: Values) -> str:
+        said = []
+        for width, lines in by_width(v, budget).items():
+            parts = [f"{arm} {signed(lines[arm]['difference'])}" for arm in arms]
+            said.append(f"width {width}: " * (width is not None) + ", ".join(parts))
+        first = next(iter(by_width(v, budget).values()))
+        return f"bits per byte over {next(iter(first))}, equal {budget}: {'; '.join(said)}"
+
+    return ours
+
+
+def signed(difference: Values) -> str:
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def costs_less_than(v: Values, arm: Any, other: Any) -> bool:
+    return all(
+        lines[arm]["difference"]["high"] < lines[other]["difference"]["low"]
+        for lines in by_width(v).values()
+    )
+
+
+def shrinks(v: Values, arm: Any) -> bool:
+    smallest, *_, largest = (lines[arm]["difference"] for lines in by_width(v).values())
+    return largest["high"] < smallest["low"]
+
+
+def helps(v: Values, arm: Any, budget: str = "parameters") -> bool:
+    """At the largest width."""
+    *_, largest = by_width(v, budget).values()
+    return largest[arm]["verdict"] == "better"
+
+
+def is_best(v: Values, arm: Any) -> bool:
+    *_, largest = by_width(v).values()
+    return largest[arm]["mean"] == min(line["mean"] for line in largest.values())
+
+
 MTP = "Multi-token prediction (Gloeckle et al. 2024, arXiv 2404.19737)"
 CLLM = "Consistency models (Kou et al. 2024, arXiv 2403.00835)"
 JOINT = "Joint decoding (Qin et al. 2025, arXiv 2407.09722)"
+OBJECTIVES = "Other weights and objectives"
 OTHERS = "Heads for finished models"
 
 CLAIMS = (
@@ -168,6 +218,54 @@ CLAIMS = (
         of_micro,
         None,
         "our models solve no problem of HumanEval; programs they can solve are another measure",
+    ),
+    Claim(
+        MTP,
+        "What it costs small models shrinks as they grow",
+        "HumanEval pass@1, n = 4 and 1: 1.2 and 1.9 % at 0.3B, 7.2 and 7.2 % at 3B, 15.8 and "
+        "14.1 % at 13B (table S7)",
+        "python -m benchmarks.science study=sizes",
+        "science_sizes",
+        over_baseline(2, 4),
+        lambda v: shrinks(v, 4),
+    ),
+    Claim(
+        MTP,
+        "Models of bytes are best with eight future bytes",
+        "7B, MBPP pass@1: 19.3 % at n = 1, 32.3 % at n = 8, 28.6 % at n = 16 (table 1)",
+        "python -m benchmarks.science study=bytes",
+        "science_bytes",
+        over_baseline(4, 8, 16),
+        lambda v: helps(v, 8) and is_best(v, 8),
+    ),
+    Claim(
+        OBJECTIVES,
+        "A reverse curriculum costs the next token less than the plain sum",
+        "1.3B, perplexity of MiniPile: 47 of the next token alone, 57 of the sum, 57 forward, 50 "
+        "reverse (Aynetdinov & Akbik 2025, arXiv 2505.22757)",
+        "python -m benchmarks.science study=weights",
+        "science_weights",
+        over_baseline("sum", "forward", "reverse"),
+        lambda v: costs_less_than(v, "reverse", "sum"),
+    ),
+    Claim(
+        OBJECTIVES,
+        "The order of what comes helps the next token where more tokens hurt it",
+        "340M, perplexity of Lambada: 30.3 of the next token alone, 35.3 of four, 28.8 with the "
+        "order (Zuhri et al. 2025, arXiv 2508.19228)",
+        "python -m benchmarks.science study=objectives",
+        "science_objectives",
+        over_baseline("parallel", "order"),
+        lambda v: helps(v, "order"),
+    ),
+    Claim(
+        OBJECTIVES,
+        "Several targets on one set of logits, annealed, reach a loss sooner",
+        "124M, to a loss of 3.28: 119.8 in place of 122.8 s (modded-nanogpt, record of 2025-12-22)",
+        "python -m benchmarks.science study=objectives",
+        "science_objectives",
+        over_baseline("same_logits", budget="operations"),
+        lambda v: helps(v, "same_logits", "operations"),
     ),
     Claim(
         OTHERS,

@@ -10,6 +10,8 @@
 #                                  # random weights, for what a pass costs: no guess stands
 #     RUN=runs/sql DRAFT=runs/small benchmarks/gpu.sh joint   # trained models too, for what a token costs
 #     SQL=runs/sql benchmarks/gpu.sh consistency   # a run of text to SQL, of any size: an hour
+#     benchmarks/gpu.sh studies    # grids of training runs, wider than a CPU's: hours; the same command
+#                                  # goes on where it was stopped
 #     QUICK=1 RESULTS=/tmp benchmarks/gpu.sh     # toy sizes, anywhere, to try the script
 #
 # It needs this checkout and a Python (PYTHON, by default python3) with torch and what ships beside
@@ -70,6 +72,12 @@ for what in ${@:-train decode}; do
                 device=cuda "base=$SQL" "out=${SQL}_consistency_gpu" precision=bfloat16 prompts=20000 steps=3000 \
                 batch_size=32 lr=${LR:-5e-4}
             ;;
+        studies)
+            for study in sizes bytes weights objectives; do
+                part "science_${study}_$gpu" 36000 benchmarks.science "study=$study" \
+                    'words=["device=cuda","train.compile=true","train.batch_size=64"]'
+            done
+            ;;
         "quick train")
             part "train_memory_$gpu" 60 benchmarks.train_memory shapes=small dtypes=float32
             part "train_speed_${gpu}_1m" 60 benchmarks.train_speed shape=1m seq_len=16 pairs=2
@@ -82,7 +90,11 @@ for what in ${@:-train decode}; do
             part "joint_${gpu}_1m" 120 benchmarks.joint model=1m draft=1m prompts=1 prompt_tokens=8 \
                 new_tokens=8 rounds=1 'temperatures=[0.0,1.0]' 'widths=[1,2]' 'thresholds=[0.5]' 'depths=[2]'
             ;;
-        *) echo "error: $what is unknown: allowed are train, decode, joint, consistency" >&2; exit 1 ;;
+        "quick studies")
+            part "science_sizes_$gpu" 600 benchmarks.science study=sizes quick=true \
+                'words=["train.steps=2","train.eval_every=0","train.eval_batches=1"]'
+            ;;
+        *) echo "error: $what is unknown: allowed are train, decode, joint, consistency, studies" >&2; exit 1 ;;
     esac
 done
 cat <<END

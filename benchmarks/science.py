@@ -4,10 +4,12 @@
     python -m benchmarks.science study=star_graph quick=true
 
 A study is a file of `configs/study/`, see `Study`: an experiment, the arms to compare (the first is
-the baseline), what every arm may choose its best of (`tuned`), what tells the rows of the table
-apart (`axes`), and in which sense arms are equal (`budgets`):
+the baseline; values of one key, or names of several keys each), what every arm may choose its best
+of (`tuned`), what tells the rows of the table apart (`axes`), and in which sense arms are equal
+(`budgets`):
 
-    parameters   model.n_layers counts trunk and heads together: extra heads take trunk layers
+    parameters   model.n_layers counts trunk and heads together: extra heads take trunk layers, and
+                 the record says what heads of other kinds add
     trunk        every arm keeps the baseline's trunk, extra heads come on top
     operations   as parameters; steps in inverse proportion to the operations of a token
     time         as parameters; each run ends after the study's `seconds` of training
@@ -56,22 +58,23 @@ class ScienceConfig:
     quick: bool = False
     out: str = "runs/science"
     words: list = field(default_factory=list)
-    results: str = ""  # default benchmarks/results
+    name: str = ""  # of the record
 
-    @property
-    def name(self) -> str:
-        return f"science_{self.study}{'_quick' * self.quick}"
+    def __post_init__(self) -> None:
+        self.name = self.name or f"science_{self.study}{'_quick' * self.quick}"
 
 
 @dataclass
 class Study:
-    """measure: a key of metrics.jsonl. tests: task_args of other problems that every finished model
-    is asked, by a name. quick: what is otherwise with quick=true, the same direction in minutes.
+    """arms: one key with its values, or names with the keys of each. measure: a key of
+    metrics.jsonl. columns: more of its keys that the table has beside it. tests: task_args of other
+    problems that every finished model is asked, by a name. quick: what is otherwise with
+    quick=true, the same direction in minutes.
     """
 
     question: str
     experiment: str
-    arms: dict[str, list]  # one key, its values
+    arms: dict[str, Any]
     tuned: dict[str, list] = field(default_factory=dict)
     axes: dict[str, list] = field(default_factory=dict)
     budgets: list[str] = field(default_factory=lambda: ["parameters"])
@@ -79,20 +82,32 @@ class Study:
     seeds: int = 3
     measure: str = "val_accuracy"
     higher: bool = True  # is better
+    columns: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     tests: dict[str, dict[str, int]] = field(default_factory=dict)
     problems: int = 1000  # of each test
     quick: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.arms) != 1:
-            raise ValueError(f"arms={self.arms}: give one key with its values")
+        named = all(isinstance(keys, dict) for keys in self.arms.values())
+        if len(self.arms) != 1 and not (self.arms and named):
+            raise ValueError(
+                f"arms={self.arms}: give one key with its values, or names with the keys of each"
+            )
         if unknown := set(self.budgets) - BUDGETS.keys():
             raise ValueError(f"budgets={sorted(unknown)}: allowed are {', '.join(BUDGETS)}")
         if self.seeds < 2:
             raise ValueError(f"seeds={self.seeds}: an interval needs at least 2")
         if ("time" in self.budgets) != (self.seconds is not None):
             raise ValueError("seconds: for budgets=[time], which needs them")
+
+    @property
+    def keys_of(self) -> dict[Any, Values]:
+        """What each arm adds to the command line, by its value or name."""
+        ((key, values), *others) = self.arms.items()
+        if others or isinstance(values, dict):
+            return self.arms
+        return {value: {key: value} for value in values}
 
 
 def read_study(name: str, quick: bool) -> Study:
@@ -123,19 +138,22 @@ class Cell(NamedTuple):
 
 
 def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
-    ((key, arms),) = study.arms.items()
-    cells = []
-    grid = product(range(study.seeds), study.budgets, _each(study.axes), _each(study.tuned), arms)
+    keys_of, cells = study.keys_of, []
+    first, *_ = keys_of.values()
+    grid = product(
+        range(study.seeds), study.budgets, _each(study.axes), _each(study.tuned), keys_of
+    )
     for seed, budget, setting, tuned, arm in grid:
         common = [f"experiment={study.experiment}", *study.words, *words, *_words(setting)]
-        baseline, own = ([*common, *_words({key: value})] for value in (arms[0], arm))
+        baseline, own = ([*common, *_words(keys)] for keys in (first, keys_of[arm]))
         chosen = [*_words(tuned), *BUDGETS[budget](study, baseline, own)]
         seeds = [f"train.seed={seed}", f"data.seed={seed}"]
-        different = [*_words(setting | {key: arm}), *chosen, seeds[0]]
+        said = {"arm": arm} if arm in study.arms else keys_of[arm]
+        different = [*_words(setting | said), *chosen, seeds[0]]
         folder = _last_keys(different)
         place = (("budget", budget), *setting.items())
-        said = (*own, *chosen, *seeds)
-        cells.append(Cell(arm, place, tuple(tuned.items()), seed, said, folder))
+        every = (*own, *chosen, *seeds)
+        cells.append(Cell(arm, place, tuple(tuned.items()), seed, every, folder))
     return cells
 
 
@@ -155,18 +173,33 @@ def _last_keys(words: Sequence[str]) -> str:
 
 def resolved(words: Iterable[str]) -> tuple[ModelConfig, TrainConfig, int]:
     """What the command line makes of a run: its model, training and the length of its rows."""
-    return _resolved(tuple(words))
-
-
-@cache
-def _resolved(words: tuple[str, ...]) -> tuple[ModelConfig, TrainConfig, int]:
-    import yaml
-
-    found = yaml.safe_load(_train(*words, "--cfg", "job", capture=True))
+    found = _composed(tuple(words))
     training = {key: value for key, value in found["train"].items() if key != "optim"}
     vocabulary = load_tokenizer(found["data"]["tokenizer"]).vocab_size
     model = replace(ModelConfig(**found["model"]), vocab_size=vocabulary)
     return model, TrainConfig(**training), found["data"]["seq_len"]
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> Values:
+    import yaml
+
+    return yaml.safe_load(_train(*words, "--cfg", "job", capture=True))
+
+
+def operations(words: Iterable[str]) -> float:
+    """Of a token, on the mean over the run: a schedule runs 1, 2, ... and all heads for an n-th of
+    it each, in one order or the other.
+    """
+    words = tuple(words)
+    model, training, seq_len = resolved(words)
+    n, own = model.n_future_tokens, model.n_layers - model.trunk_layers
+    fewest = n if _composed(words)["head_schedule"] is None else 1
+    some = [
+        replace(model, n_future_tokens=k, n_layers=model.trunk_layers + (k if own else 0))
+        for k in range(fewest, n + 1)
+    ]
+    return sum(estimate(one, training, seq_len)["flops_per_token"] for one in some) / len(some)
 
 
 def _train(*words: str, capture: bool = False) -> str:
@@ -187,7 +220,7 @@ def _same_trunk(study: Study, baseline: list[str], arm: list[str]) -> list[str]:
 def _same_operations(study: Study, baseline: list[str], arm: list[str]) -> list[str]:
     if arm == baseline:
         return []
-    one, other = (estimate(*resolved(words))["flops_per_token"] for words in (baseline, arm))
+    one, other = operations(baseline), operations(arm)
     return [f"train.steps={round(resolved(arm)[1].steps * one / other)}"]
 
 
@@ -216,9 +249,10 @@ def trained(cell: Cell, study: Study, folder: Path) -> Values:
         raise SystemExit(f"error: {folder} holds a cell of another study: move it away")
     _train(*cell.words, f"run_dir={json.dumps(str(run_dir))}", "resume=auto")
     rows = [json.loads(line) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
-    if study.measure not in rows[-1]:
-        known = ", ".join(key for key in rows[-1] if key.startswith("val_")) or "none: stopped"
-        raise SystemExit(f"error: no {study.measure} at the end of {run_dir}; there is {known}")
+    for key in (study.measure, *study.columns):
+        if key not in rows[-1]:
+            known = ", ".join(key for key in rows[-1] if key.startswith("val_")) or "none: stopped"
+            raise SystemExit(f"error: no {key} at the end of {run_dir}; there is {known}")
     model = load_config(find(run_dir))
     found = {
         "words": [*cell.words],
@@ -226,6 +260,7 @@ def trained(cell: Cell, study: Study, folder: Path) -> Values:
         "value": rows[-1][study.measure],
         "curve": [[r["step"], r[study.measure]] for r in rows if study.measure in r],
         **{key: rows[-1][key] for key in ("step", "tokens", "seconds")},
+        "columns": {key: rows[-1][key] for key in study.columns},
         "parameters": estimate(model, TrainConfig(), 1)["parameters"],
         "tests": {name: asked(run_dir, args, study.problems) for name, args in study.tests.items()},
     }
@@ -272,12 +307,14 @@ def _line(study: Study, runs: list[Values], baseline: list[Values]) -> Values:
     values, before = ([run["value"] for run in of] for of in (runs, baseline))
     difference = over_seeds([b - a for a, b in zip(before, values, strict=True)])
     tests = {name: [run["tests"][name] for run in runs] for name in study.tests}
+    columns = {key: [run["columns"][key] for run in runs] for key in study.columns}
     return {
         "values": values,
         **over_seeds(values)._asdict(),
         "difference": difference._asdict(),
         "verdict": _verdict(difference, study.higher),
         "tests": {name: over_seeds(shares)._asdict() for name, shares in tests.items()},
+        "columns": {key: over_seeds(values)._asdict() for key, values in columns.items()},
         **{key: runs[0][key] for key in ("parameters", "step", "tokens")},
         "seconds": [run["seconds"] for run in runs],
         "curves": [run["curve"] for run in runs],
@@ -298,14 +335,16 @@ def run(config: ScienceConfig) -> Values:
     found = {}
     for number, cell in enumerate(cells, 1):
         print(f"cell {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)
-        found[cell] = trained(cell, study, Path(config.out, config.name, cell.folder))
+        found[cell] = trained(cell, study, Path(config.out, Path(config.name).name, cell.folder))
     lines = table(study, cells, found)
     every = [{"cell": cell.folder, **found[cell]} for cell in cells]
-    folder = Path(config.results) if config.results else ROOT / "benchmarks" / "results"
     values = {"study": asdict(study), "table": lines, "cells": every}
-    written = record(config.name, values, config, folder)
+    written = record(config.name, values, config)
     study_panels(study.question, study.measure, lines, written.with_suffix(".png"))
-    kept = ("place", "arm", "tuned", "mean", "low", "high", "difference", "verdict", "tests")
+    kept = (
+        *("place", "arm", "tuned", "mean", "low", "high", "difference", "verdict", "tests"),
+        *("columns", "parameters"),
+    )
     shown = [{key: line[key] for key in kept} for line in lines]
     return {"study": config.study, "measure": study.measure, "seeds": study.seeds, "table": shown}
 

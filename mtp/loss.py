@@ -335,8 +335,9 @@ class MultiTokenLoss:
     the next head runs (parallel heads; one process or DDP), "latents" works for every head kind and
     for sharded models, "auto" picks. `schedule` multiplies the weights by what the share of the run
     that is done says; heads behind the last one that counts are not run at all, nor changed by an
-    optimizer. `targets` and `score` are what is learned: the latter gets the former's first result
-    as it is, the second is which terms of each head (N, B, T) count.
+    optimizer (DDP must be told: find_unused_parameters). `targets` and `score` are what is learned:
+    the latter gets the former's first result as it is, the second is which terms of each head
+    (N, B, T) count.
     """
 
     n_future_tokens: int
@@ -375,13 +376,13 @@ class MultiTokenLoss:
         targets, valid_NBT = self.targets(batch, n)
         dtype = wide(next(model.parameters()).dtype)
         weights = self.head_weights or [1.0] * n
-        row, known = batch.row, batch.known
+        row, known = batch.row, dict[str, Any](batch.known)
         if self.schedule is not None:
             factors = self.schedule(self.done, n)
             weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
             upto = max(i for i, factor in enumerate(factors, 1) if factor)
             if upto < n:
-                row, known = row[:, : row.shape[1] - n + upto], known | {"upto": upto}
+                row, known["upto"] = row[:, : row.shape[1] - n + upto], upto
                 n, targets, valid_NBT = upto, targets[:upto], valid_NBT[:upto]
         head_weights = torch.tensor(weights[:n], dtype=dtype, device=denominator.device)
         # A head without valid targets has a zero mask: its loss is zero, whatever it is divided by.

@@ -28,6 +28,7 @@ from mtp.distributed import (
     world_size,
 )
 from mtp.loss import Batch, MultiTokenLoss, future_targets
+from mtp.objectives import SCHEDULES, SUMMARIES, summary_loss
 from mtp.optim import OptimConfig, Optimizer
 from mtp.train import TrainConfig, train, validate
 
@@ -100,6 +101,13 @@ CASES = [
     ("recomputed", "sequential", "auto", ""),
 ]
 CASES_OF = {2: CASES, 4: [("hybrid", kind, "auto", "") for kind in KINDS]}
+
+
+def objectives():
+    """A curriculum that runs three of four heads, and a last head that learns a summary."""
+    scheduled = MultiTokenLoss(N, schedule=SCHEDULES["reverse"])
+    scheduled.at(0.4)
+    return {"reverse": scheduled} | {name: summary_loss(name, N, 6) for name in SUMMARIES}
 
 
 class Once:
@@ -196,6 +204,9 @@ def work(number, ranks, folder):
             MultiTokenLoss(N),
             share(batch),
         )
+        for name, loss_fn in objectives().items():
+            wrapped = WRAPS["shard"](model := tiny())
+            found[name] = gradients(model, wrapped, loss_fn, share(batch))
         found["talk"] = talk(share(batch))
         found["agreed"] = sum_on_host([float(number), 1.0], CPU), gather_objects(number)
         found["zero"] = from_rank_zero(lambda: number), refusal(lambda: from_rank_zero(fail))
@@ -234,6 +245,22 @@ def test_gradients_and_losses_of_several_processes_are_those_of_one(ranks):
             for name, t in expected.items():
                 message = f"{case} {name}"
                 torch.testing.assert_close(found[case][name], t, rtol=0, atol=1e-10, msg=message)
+
+
+def test_sharded_models_learn_other_objectives_like_one(ranks):
+    """A head that was not run has no gradient anywhere."""
+    for objective, loss_fn in objectives().items():
+        model = tiny()
+        expected = gradients(model, model, loss_fn, whole_batch())
+        idle = [name for name, t in expected.items() if t is None]
+        assert bool(idle) == (objective == "reverse")
+        for found in ranks[0]:
+            assert found[objective].keys() == expected.keys()
+            for name, t in expected.items():
+                message = f"{objective} {name}"
+                torch.testing.assert_close(
+                    found[objective][name], t, rtol=0, atol=1e-10, msg=message
+                )
 
 
 def wraps_of(found):

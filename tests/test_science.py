@@ -8,10 +8,13 @@ from statistics import NormalDist
 import pytest
 
 from benchmarks import science
+from benchmarks.book import CLAIMS
 from benchmarks.science import STUDIES, ScienceConfig, Study, cells_of, read_study, resolved, table
 from mtp.estimate import estimate
 from mtp.evaluate.scores import over_seeds
-from mtp.run import RunConfig
+from mtp.objectives import SCHEDULES
+from mtp.run import OBJECTIVES, RunConfig, run
+from mtp.tokenizer import load_tokenizer
 
 hydra = pytest.importorskip("hydra")
 from omegaconf import OmegaConf  # noqa: E402
@@ -19,6 +22,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from scripts.cli import CONFIGS, register  # noqa: E402
 
 HEADS = "model.n_future_tokens"
+CORPUS = ("sizes", "bytes", "weights", "objectives")
 SMALL = ["model.dim=16", "model.n_layers=5", "train.steps=100"]
 STUDY = Study(
     "Does it?",
@@ -33,14 +37,28 @@ STUDY = Study(
 def made(value, **more):
     curve = [[1, 0.0], [2, value]]
     numbers = {"parameters": 7, "step": 2, "tokens": 9, "seconds": 1.0}
-    return {"value": value, "curve": curve, "tests": {}, **numbers, **more}
+    return {"value": value, "curve": curve, "tests": {}, "columns": {}, **numbers, **more}
+
+
+def composition(words):
+    register("train", RunConfig)
+    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
+        return hydra.compose("train", overrides=[*words])
 
 
 def composed(*words, capture):
     """What `--cfg job` prints, without a process of its own."""
-    register("train", RunConfig)
-    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
-        return OmegaConf.to_yaml(hydra.compose("train", overrides=[*words[:-2]]))
+    return OmegaConf.to_yaml(composition(words[:-2]))
+
+
+def whole_config(*words):
+    return OmegaConf.to_object(composition(words))
+
+
+def token_loss(config):
+    """What a run refuses before anything is loaded."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return OBJECTIVES[config.objective].loss(config, tokenizer, config.model)
 
 
 # The grid.
@@ -48,17 +66,54 @@ def composed(*words, capture):
 
 def test_every_shipped_study_has_a_grid_and_a_quick_one_in_its_direction():
     names = [file.stem for file in STUDIES.glob("*.yaml")]
-    assert {"star_graph", "induction", "polynomial"} <= {*names}
+    assert {"star_graph", "induction", "polynomial", *CORPUS} <= {*names}
     for name in names:
         whole, quick = (read_study(name, quick) for quick in (False, True))
         assert whole.seeds >= 3 <= quick.seeds and len(quick.words) > len(whole.words)
-        ((key, arms),), ((same, fewer),) = whole.arms.items(), quick.arms.items()
-        assert key == same and {*fewer} <= {*arms} and fewer[0] == arms[0] and len(fewer) > 1
+        arms, fewer = whole.keys_of, quick.keys_of
+        assert fewer.items() <= arms.items() and len(fewer) > 1
+        assert next(iter(arms)) == next(iter(fewer))
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_studies_of_a_corpus_begin_with_the_next_token_and_are_equal_in_parameters(name):
+    """A composed run for every arm at every width, quick and whole; what is no block adds a tenth
+    at most, which the record says.
+    """
+    for study in (read_study(name, quick) for quick in (False, True)):
+        sizes = {}
+        cells = cells_of(replace(study, budgets=["parameters"]))
+        for cell in (c for c in cells if c.seed == 0):
+            config = whole_config(*cell.words)
+            token_loss(config)
+            found = estimate(config.model, config.train, config.data.seq_len)["parameters"]
+            sizes.setdefault(cell.place, []).append((config.model.n_future_tokens, found))
+        assert not study.higher and len(sizes) == math.prod(map(len, study.axes.values()))
+        for (n, baseline), *others in sizes.values():
+            assert n == 1 and all(0.99 < found / baseline < 1.11 for _, found in others)
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_every_arm_of_a_corpus_trains_at_toy_length(name, tmp_path):
+    for part in ("train", "held_out"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.txt").write_text(f"{part}: " + "abc " * 90)
+    toy = [
+        *("model.dim=16", "data.source=text", f"data.path={tmp_path}/train", "data.holdout=[]"),
+        *(f"data.val_path={tmp_path}/held_out", "data.seq_len=40", "train.steps=4"),
+        *("train.batch_size=2", "train.eval_batches=1", "device=cpu"),
+    ]
+    study = read_study(name, False)
+    cells = cells_of(replace(study, axes={}, budgets=["parameters"]))
+    for cell in (c for c in cells if c.seed == 0):
+        config = whole_config(*cell.words, *toy, f"run_dir={tmp_path}/run_{cell.arm}")
+        last = run(config).metrics
+        assert all(math.isfinite(last[key]) for key in (study.measure, *study.columns)), cell.arm
 
 
 def test_an_unknown_study_is_refused_with_those_there_are():
     with pytest.raises(
-        SystemExit, match="study='x': allowed are induction, polynomial, star_graph"
+        SystemExit, match="study='x': allowed are bytes, induction, objectives, polynomial, "
     ):
         read_study("x", False)
 
@@ -66,8 +121,9 @@ def test_an_unknown_study_is_refused_with_those_there_are():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"arms": {}}, "give one key with its values"),
-        ({"arms": {"a": [1], "b": [2]}}, "give one key with its values"),
+        ({"arms": {}}, "give one key with its values, or names with the keys of each"),
+        ({"arms": {"a": [1], "b": [2]}}, "give one key with its values, or names with"),
+        ({"arms": {"a": [1], "b": {}}}, "give one key with its values, or names with"),
         ({"budgets": ["money"]}, r"budgets=\['money'\]: allowed are parameters, trunk, operations"),
         ({"seeds": 1}, "seeds=1: an interval needs at least 2"),
         ({"budgets": ["time"]}, "seconds: for budgets"),
@@ -90,6 +146,26 @@ def test_cells_are_the_product_and_seeds_take_turns():
     )
     assert first.folder == "length=2,n_future_tokens=1,lr=0.001,seed=0"
     assert dict(first.place) == {"budget": "parameters", "data.task_args.length": 2}
+
+
+def test_named_arms_have_several_keys_each():
+    arms = {"one": {HEADS: 1}, "wide": {HEADS: 2, "head_weights": [1, 0.5]}}
+    one, wide = cells_of(replace(STUDY, arms=arms, axes={}, tuned={}))[:2]
+    assert [one.arm, wide.arm] == ["one", "wide"]
+    assert wide.words[-4:-2] == (f"{HEADS}=2", "head_weights=[1, 0.5]")
+    assert wide.folder == "arm=wide,seed=0"
+
+
+def test_operations_of_a_schedule_are_its_mean_over_the_run(monkeypatch):
+    monkeypatch.setattr(science, "_train", composed)
+    words = ["experiment=copying", *SMALL, f"{HEADS}=2"]
+    one, both = (
+        science.operations([*words[:-1], f"model.n_layers={5 - 2 + n}", f"{HEADS}={n}"])
+        for n in (1, 2)
+    )
+    for schedule in SCHEDULES:
+        mean = science.operations([*words, f"head_schedule={schedule}"])
+        assert mean == pytest.approx((one + both) / 2) and one < mean < both
 
 
 def test_budgets_are_equal_in_what_they_say(monkeypatch):
@@ -117,11 +193,12 @@ def test_a_cell_is_trained_once_and_read_back(tmp_path):
     """The real command, on a word of one letter."""
     words = "model.dim=16 train.steps=2 train.eval_every=1 train.eval_batches=1 train.batch_size=2"
     study = replace(STUDY, axes={}, tuned={}, words=words.split(), tests={"two": {"length": 2}})
+    study = replace(study, columns=["step_seconds"])
     cell = cells_of(study)[0]
     found = science.trained(cell, study, tmp_path / "a=1,b")
     assert [step for step, _ in found["curve"]] == [1, 2] and found["step"] == 2
     assert found["value"] == found["curve"][-1][1] and found["words"] == [*cell.words]
-    assert found["tests"].keys() == {"two"}
+    assert found["tests"].keys() == {"two"} and found["columns"]["step_seconds"] > 0
     assert found["parameters"] > 10_000
     file = tmp_path / "a=1,b" / "cell.json"
     file.write_text(json.dumps(found | {"value": 0.123}))
@@ -186,13 +263,41 @@ def test_a_study_writes_its_record_and_its_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(science, "read_study", lambda name, quick: STUDY)
     monkeypatch.setattr(science, "trained", lambda cell, study, folder: made(cell.arm / 4))
-    line = science.run(ScienceConfig("x", out=str(tmp_path), results=str(tmp_path / "results")))
-    entry = json.loads((tmp_path / "results" / "science_x.json").read_text())
-    assert (
-        len(entry["values"]["cells"]) == 24 and (tmp_path / "results/science_x.png").stat().st_size
-    )
+    assert ScienceConfig("x", quick=True).name == "science_x_quick"
+    line = science.run(ScienceConfig("x", out=str(tmp_path), name=str(tmp_path / "science_x")))
+    entry = json.loads((tmp_path / "science_x.json").read_text())
+    assert len(entry["values"]["cells"]) == 24 and (tmp_path / "science_x.png").stat().st_size
     assert len(line["table"]) == 4 and line["seeds"] == 3
     assert json.loads(json.dumps(line)) == line
+
+
+def test_columns_are_means_over_seeds_with_intervals():
+    study = replace(STUDY, axes={}, tuned={}, columns=["memory_gib"])
+    cells = cells_of(study)
+    found = {c: made(0.5, columns={"memory_gib": c.arm + c.seed}) for c in cells}
+    first, second = (line["columns"]["memory_gib"] for line in table(study, cells, found))
+    assert (first["mean"], second["mean"]) == (2, 3) and first["low"] < 1.5
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize(
+    "claim", [c for c in CLAIMS if c.record.startswith("science_")], ids=lambda c: c.text
+)
+def test_the_book_reads_what_a_study_writes(claim, holds, monkeypatch):
+    """Arms gain with the width, the reverse curriculum most; or none differs from the baseline."""
+    monkeypatch.setattr(science, "BUDGETS", dict.fromkeys(science.BUDGETS, lambda *_: []))
+    study = read_study(claim.record.removeprefix("science_"), False)
+    cells = cells_of(study)
+    baseline = cells[0].arm
+
+    def value(cell):
+        gain = dict(cell.place).get("model.dim", 128) * 1e-3 + 0.05 * (cell.arm == "reverse")
+        return 2 - gain * (holds and cell.arm != baseline) + cell.seed / 100
+
+    found = {c: made(value(c), columns=dict.fromkeys(study.columns, 1.0)) for c in cells}
+    values = json.loads(json.dumps({"table": table(study, cells, found)}))
+    assert claim.holds(values) is holds
+    assert f"bits per byte over {baseline}" in claim.ours(values)
 
 
 def test_intervals_over_seeds_are_students():
