@@ -387,7 +387,8 @@ def study_panels(
             axes.plot(*zip(*run, strict=True), color=colour, lw=0.6, alpha=0.6)
         if len({len(h) for h in heights}) == 1:  # not where the clock ended the runs
             mean = [sum(h) / len(h) for h in zip(*heights, strict=True)]
-            axes.plot(steps, mean, color=colour, lw=2, label=str(line["arm"]))
+            axes.plot(steps, mean, color=colour, lw=2)
+        axes.plot([], [], color=colour, lw=2, label=str(line["arm"]))
         axes.set_title(name, fontsize=10, loc="left")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)

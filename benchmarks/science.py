@@ -28,7 +28,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -94,12 +94,17 @@ class Study:
             raise ValueError(
                 f"arms={self.arms}: give one key with its values, or names with the keys of each"
             )
+        for name in ("arms", "tuned", "axes") if not named else ("tuned", "axes"):
+            setattr(self, name, {key: _choices(key, v) for key, v in getattr(self, name).items()})
+        _choices("budgets", self.budgets)
         if unknown := set(self.budgets) - BUDGETS.keys():
             raise ValueError(f"budgets={sorted(unknown)}: allowed are {', '.join(BUDGETS)}")
         if self.seeds < 2:
             raise ValueError(f"seeds={self.seeds}: an interval needs at least 2")
         if ("time" in self.budgets) != (self.seconds is not None):
             raise ValueError("seconds: for budgets=[time], which needs them")
+        if self.problems < 1:
+            raise ValueError(f"problems={self.problems}: must be at least 1")
 
     @property
     def keys_of(self) -> dict[Any, Values]:
@@ -109,6 +114,21 @@ class Study:
             return self.arms
         return {value: {key: value} for value in values}
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that a finished model is."""
+        return {"problems": self.problems, "of": self.tests} if self.tests else {}
+
+
+def _choices(key: str, values: Any) -> list:
+    """Lists among them, such as head_weights, as tuples: cells are told apart by them."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{key}={values!r}: give a list of one value at least")
+    found = [tuple(value) if isinstance(value, list) else value for value in values]
+    if len({json.dumps(value) for value in found}) < len(found):
+        raise ValueError(f"{key}={values!r}: a value stands there twice")
+    return found
+
 
 def read_study(name: str, quick: bool) -> Study:
     import yaml  # comes with Hydra
@@ -117,7 +137,10 @@ def read_study(name: str, quick: bool) -> Study:
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in STUDIES.glob("*.yaml")))
         raise SystemExit(f"error: study={name!r}: allowed are {known}")
-    study = Study(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    said, keys = yaml.safe_load(file.read_text(encoding="utf-8")), [f.name for f in fields(Study)]
+    if unknown := sorted({*said, *said.get("quick", {})} - {*keys}):
+        raise ValueError(f"{file} says {unknown[0]}: allowed are {', '.join(keys)}")
+    study = Study(**said)
     return replace(study, **study.quick) if quick else study
 
 
@@ -242,25 +265,28 @@ BUDGETS: dict[str, Callable[[Study, list[str], list[str]], list[str]]] = {
 def trained(cell: Cell, study: Study, folder: Path) -> Values:
     """The cell's record, made by training where there is none. SystemExit if it was stopped."""
     written, run_dir = folder / "cell.json", folder / "run"
+    identity = {"words": [*cell.words], "measure": study.measure, "asked": study.asked}
     if written.is_file():
         found = json.loads(written.read_text(encoding="utf-8"))
-        if found["words"] == [*cell.words]:
-            return found
-        raise SystemExit(f"error: {folder} holds a cell of another study: move it away")
+        if differs := [key for key in identity if found.get(key, identity[key]) != identity[key]]:
+            said = f"of other {', '.join(differs)}"
+            raise SystemExit(f"error: {folder} holds a cell of another study, {said}: move it away")
+        return found
     _train(*cell.words, f"run_dir={json.dumps(str(run_dir))}", "resume=auto")
     rows = [json.loads(line) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
+    last = rows[-1] if rows else {}
     for key in (study.measure, *study.columns):
-        if key not in rows[-1]:
-            known = ", ".join(key for key in rows[-1] if key.startswith("val_")) or "none: stopped"
+        if key not in last:
+            known = ", ".join(key for key in last if key.startswith("val_")) or "none: stopped"
             raise SystemExit(f"error: no {key} at the end of {run_dir}; there is {known}")
     model = load_config(find(run_dir))
     found = {
-        "words": [*cell.words],
+        **identity,
         "commit": circumstances()["commit"],
-        "value": rows[-1][study.measure],
+        "value": last[study.measure],
         "curve": [[r["step"], r[study.measure]] for r in rows if study.measure in r],
-        **{key: rows[-1][key] for key in ("step", "tokens", "seconds")},
-        "columns": {key: rows[-1][key] for key in study.columns},
+        **{key: last[key] for key in ("step", "tokens", "seconds")},
+        "columns": {key: last[key] for key in study.columns},
         "parameters": estimate(model, TrainConfig(), 1)["parameters"],
         "tests": {name: asked(run_dir, args, study.problems) for name, args in study.tests.items()},
     }
@@ -340,7 +366,10 @@ def run(config: ScienceConfig) -> Values:
     every = [{"cell": cell.folder, **found[cell]} for cell in cells]
     values = {"study": asdict(study), "table": lines, "cells": every}
     written = record(config.name, values, config)
-    study_panels(study.question, study.measure, lines, written.with_suffix(".png"))
+    try:
+        study_panels(study.question, study.measure, lines, written.with_suffix(".png"))
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
     kept = (
         *("place", "arm", "tuned", "mean", "low", "high", "difference", "verdict", "tests"),
         *("columns", "parameters"),

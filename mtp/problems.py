@@ -84,13 +84,20 @@ class ProblemBatches:
         return Batch(torch.from_numpy(row), torch.from_numpy(doc), torch.from_numpy(keep))
 
 
-def check_rows(config: DataConfig) -> None:
-    """ValueError unless the longest problem fits a row: its last token is only a target."""
+def check_rows(config: DataConfig, max_seq_len: int | None = None) -> None:
+    """ValueError unless the longest problem fits a row, whose last token is only a target, and a
+    model's answer to it, with the end token, in max_seq_len.
+    """
     longest = make_task(config.task, config.task_args).longest
     if config.seq_len < longest:
         raise ValueError(
             f"data.seq_len={config.seq_len}: data.task={config.task!r} has problems of {longest} "
             f"tokens, each in a row of its own"
+        )
+    if max_seq_len is not None and max_seq_len <= longest:
+        raise ValueError(
+            f"model.max_seq_len={max_seq_len}: data.task={config.task!r} has problems of {longest} "
+            f"tokens, and answers end with one more"
         )
 
 

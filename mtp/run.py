@@ -333,7 +333,7 @@ def _token_loss(config: RunConfig, tokenizer: Tokenizer, model: ModelConfig) -> 
     if seq_len < n:
         raise ValueError(f"data.seq_len={seq_len} is shorter than model.n_future_tokens={n}")
     if config.data.source == "task":
-        check_rows(config.data)
+        check_rows(config.data, model.max_seq_len)
     if config.objective in SUMMARIES:
         if config.window >= seq_len:
             raise ValueError(f"window={config.window} must be below data.seq_len={seq_len}")

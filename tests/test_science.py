@@ -128,11 +128,32 @@ def test_an_unknown_study_is_refused_with_those_there_are():
         ({"seeds": 1}, "seeds=1: an interval needs at least 2"),
         ({"budgets": ["time"]}, "seconds: for budgets"),
         ({"seconds": 3.0}, "seconds: for budgets"),
+        ({"arms": {"a": []}}, r"a=\[\]: give a list of one value at least"),
+        ({"arms": {"a": 3}}, "a=3: give a list of one value at least"),
+        ({"axes": {"a": [[1, 2], [1, 2]]}}, "a=.*: a value stands there twice"),
+        ({"tuned": {"a": []}}, "a=.*: give a list"),
+        ({"budgets": []}, "budgets=.*: give a list"),
+        ({"problems": 0}, "problems=0: must be at least 1"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
         replace(STUDY, **given)
+
+
+def test_a_study_of_unknown_keys_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(science, "STUDIES", tmp_path)
+    (tmp_path / "x.yaml").write_text("question: Does it?\nquick: {wordz: []}\n")
+    with pytest.raises(ValueError, match="x.yaml says wordz: allowed are question, experiment"):
+        read_study("x", False)
+
+
+def test_arms_may_be_lists():
+    study = replace(STUDY, axes={}, tuned={}, arms={"head_weights": [[1, 0], [1, 1]]})
+    cells = cells_of(study)
+    assert cells[0].words[-3] == "head_weights=[1, 0]"
+    lines = table(study, cells, {cell: made(cell.arm[1] + cell.seed / 9) for cell in cells})
+    assert [line["verdict"] for line in lines] == ["open", "better"]
 
 
 def test_cells_are_the_product_and_seeds_take_turns():
@@ -203,22 +224,27 @@ def test_a_cell_is_trained_once_and_read_back(tmp_path):
     file = tmp_path / "a=1,b" / "cell.json"
     file.write_text(json.dumps(found | {"value": 0.123}))
     assert science.trained(cell, study, tmp_path / "a=1,b")["value"] == 0.123
-    with pytest.raises(SystemExit, match="holds a cell of another study"):
+    with pytest.raises(SystemExit, match="holds a cell of another study, of other words"):
         science.trained(cell._replace(words=(*cell.words, "device=cpu")), study, tmp_path / "a=1,b")
+    for key, other in (("measure", {"measure": "val_loss"}), ("asked", {"problems": 7})):
+        with pytest.raises(SystemExit, match=f"of another study, of other {key}: move it away"):
+            science.trained(cell, replace(study, **other), tmp_path / "a=1,b")
 
 
 @pytest.mark.parametrize(
-    ("measure", "words"), [("val_x", "there is val_y"), ("val_y", "there is none: stopped")]
+    ("measure", "rows", "words"),
+    [
+        ("val_x", [{"step": 1, "val_y": 0.5}], "there is val_y"),
+        ("val_y", [{"step": 1, "val_y": 0.5}, {"step": 2}], "there is none: stopped"),
+        ("val_y", [], "there is none: stopped"),
+    ],
 )
 def test_a_cell_that_was_stopped_or_has_no_such_measure_leaves_no_record(
-    measure, words, tmp_path, monkeypatch
+    measure, rows, words, tmp_path, monkeypatch
 ):
-    last = {"step": 2} if "stopped" in words else {"step": 2, "val_y": 1.0}
-
     def train(*said):
         assert said[-1] == "resume=auto"
         (tmp_path / "run").mkdir()
-        rows = [{"step": 1, "val_y": 0.5}, last]
         (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     monkeypatch.setattr(science, "_train", train)

@@ -85,6 +85,8 @@ def test_problems_come_again_by_their_seed_and_differ(name):
         ("sorting", {}, "task='sorting': allowed: copying"),
         ("copying", {"size": 3}, "task_args: copying has no size; it has length, symbols"),
         ("copying", {"length": 0}, "task_args.length=0: must be at least 1"),
+        ("copying", {"length": 2.5}, "task_args.length=2.5: must be a whole number"),
+        ("copying", {"length": "2"}, "task_args.length='2': must be a whole number"),
         ("copying", {"symbols": 27}, "task_args.symbols=27: allowed: 2 to 26"),
         ("star_graph", {"degree": 1}, "task_args.degree=1: must be at least 2"),
         ("star_graph", {"length": 1}, "task_args.length=1: must be at least 2"),
@@ -249,6 +251,7 @@ def test_only_answers_and_their_ends_are_targets(name):
     config = data_of(name)
     batch = next(ProblemBatches(config, BYTES, 3, 8))
     assert batch.row.shape == (8, 192 + 3)
+    _, valid = future_targets(batch, 3)
     for i, document in enumerate(problems(config, False, 0, 8)):
         (prompt, _), (answer, _) = document.segments
         start, end = len(prompt), len(prompt + answer)
@@ -256,8 +259,7 @@ def test_only_answers_and_their_ends_are_targets(name):
         asked = 0 if name == "induction" else start
         assert batch.keep[i].nonzero().flatten().tolist() == [*range(asked, end + 1)]
         assert (batch.doc[i] == 0).nonzero().flatten().tolist() == [*range(end + 1)]
-    _, valid = future_targets(batch, 3)
-    assert not valid[:, 0, end + 1 :].any() or len(batch.row) > 1
+        assert valid[0, i, end - 1] and not valid[:, i, end:].any()
 
 
 def test_heads_ahead_see_no_target_behind_the_end():
@@ -321,6 +323,9 @@ def test_rows_too_short_for_a_problem_are_refused_before_anything_is_made(tmp_pa
     data = data_of("star_graph", seq_len=23)
     with pytest.raises(ValueError, match="data.seq_len=23: data.task='star_graph' has problems of"):
         run(RunConfig(run_dir=str(tmp_path / "run"), data=data))
+    model = ModelConfig(dim=16, n_layers=5, n_heads=2, max_seq_len=24)
+    with pytest.raises(ValueError, match="model.max_seq_len=24: .* problems of 24 tokens, and ans"):
+        run(RunConfig(run_dir=str(tmp_path / "run"), model=model, data=replace(data, seq_len=24)))
     assert not (tmp_path / "run").exists()
 
 

@@ -54,6 +54,9 @@ def make_task(name: str | None, args: Mapping[str, int]) -> Task:
     known = [f.name for f in fields(TASKS[name])]
     if unknown := sorted(args.keys() - set(known)):
         raise ValueError(f"task_args: {name} has no {unknown[0]}; it has {', '.join(known)}")
+    for key, value in args.items():
+        if type(value) is not int:
+            raise ValueError(f"task_args.{key}={value!r}: must be a whole number")
     try:
         return TASKS[name](**args)
     except ValueError as error:
