@@ -288,7 +288,12 @@ def test_a_difference_within_its_interval_stays_open():
 def test_a_study_writes_its_record_and_its_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(science, "read_study", lambda name, quick: STUDY)
-    monkeypatch.setattr(science, "trained", lambda cell, study, folder: made(cell.arm / 4))
+
+    def trained(cell, study, folder):
+        """Of unequal lengths, as where the clock ends runs."""
+        return made(cell.arm / 4, curve=[[1, 0.0], [2, 0.1], [3, 0.2]][: 1 + cell.seed])
+
+    monkeypatch.setattr(science, "trained", trained)
     assert ScienceConfig("x", quick=True).name == "science_x_quick"
     line = science.run(ScienceConfig("x", out=str(tmp_path), name=str(tmp_path / "science_x")))
     entry = json.loads((tmp_path / "science_x.json").read_text())

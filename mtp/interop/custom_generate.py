@@ -116,11 +116,11 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layer, self.cache = LlamaModel(config), DynamicCache()
+        self.word = cache_word(LlamaModel)
         self.layer.embed_tokens, self.layer.norm = None, nn.Identity()
 
     def forward(self, x):
-        words = {cache_word(LlamaModel): self.cache}
-        return self.layer(inputs_embeds=x, **words).last_hidden_state
+        return self.layer(inputs_embeds=x, **{self.word: self.cache}).last_hidden_state
 
 
 class Heads(nn.Module):
