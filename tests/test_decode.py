@@ -57,7 +57,8 @@ CHAINS_ONLY = ("sequential",)  # kinds whose heads read the guesses of those bef
 
 @cache
 def target(kind, device):
-    return tiny(kind, n_layers=5 if kind in BLOCK_KINDS else 1, gain=1.4).to(device)
+    layers = {"identity": 2} | dict.fromkeys(BLOCK_KINDS, 5)  # larger than what drafts for it
+    return tiny(kind, n_layers=layers.get(kind, 1), gain=1.4).to(device)
 
 
 def rescanned(text, k, longest=3, shortest=1):

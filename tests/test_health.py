@@ -26,6 +26,8 @@ def circle(start, length):
 def trained(kind):
     """A model that has learnt the circle: every head knows its token."""
     shape = {"dim": 16, "n_layers": 5, "n_heads": 2, "multiple_of": 8, "max_seq_len": 64}
+    if kind == "identity":  # on one set of logits all heads would be copies
+        shape |= {"unembedding": "replicated"}
     config = ModelConfig(**shape, vocab_size=VOCAB, n_future_tokens=N, head=kind)
     model = Transformer(config, torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -14,6 +14,7 @@ from benchmarks import train_speed
 from benchmarks.decode import DecodeConfig
 from benchmarks.joint_ways import JointConfig
 from benchmarks.record import parse
+from benchmarks.science import STUDIES, ScienceConfig
 from benchmarks.shapes import shape
 from benchmarks.train_speed import (
     LARGE,
@@ -222,6 +223,19 @@ def test_the_gpu_script_fits_into_ten_minutes_and_its_words_are_known(tmp_path):
     configs = [parse(SpeedConfig, words) for _, _, _, _, *words in parts[1:]]
     assert [config.shape for config in configs] == ["300m", "1.3b", "6.7b"]
     assert all(config.model(LARGE, 8).max_seq_len >= config.seq_len for config in configs)
+
+
+@pytest.mark.parametrize(("environment", "studies"), [({}, 4), ({"QUICK": "1"}, 1)])
+def test_the_gpu_script_has_studies_that_exist(environment, studies, tmp_path):
+    command(tmp_path / "timeout", 'echo "${@:3}"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_script(tmp_path, "echo some_gpu", "studies", PATH=path, **environment)
+    parts = [line.split(": ")[1].split() for line in done.stdout.splitlines()[-studies:]]
+    assert {module for _, _, _, module, *_ in parts} == {"benchmarks.science"}
+    configs = [parse(ScienceConfig, words) for _, _, _, _, *words in parts]
+    for config in configs:
+        assert config.words and config.name.endswith(f"science_{config.study}_some_gpu")
+        assert (STUDIES / f"{config.study}.yaml").is_file()
 
 
 @pytest.mark.parametrize(
