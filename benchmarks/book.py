@@ -142,6 +142,25 @@ def is_best(v: Values, arm: Any) -> bool:
     return largest[arm]["mean"] == min(line["mean"] for line in largest.values())
 
 
+def of_retrofit(v: Values) -> str:
+    def shown(way: str) -> str:
+        line = v["table"][way]
+        text, bits = line["acceptance_text"], line["bits_per_byte"]
+        return (
+            f"{way} {text['mean']:.2f} (90 % interval {text['low']:.2f} to {text['high']:.2f}) "
+            f"at {bits['mean']:.2f} bits per byte"
+        )
+
+    lines = "; ".join(shown(way) for way in ("pretrained", *ATTACHED_WAYS))
+    return f"teacher-forced tokens per step, {v['seeds']} seeds: {lines}"
+
+
+def attached_foresee_less(v: Values) -> bool:
+    lines = (v["table"][way]["acceptance_text"] for way in ATTACHED_WAYS)
+    return all(line["difference"]["high"] < 0 for line in lines)
+
+
+ATTACHED_WAYS = ("frozen", "joint", "own text")  # of `benchmarks.retrofit`
 MTP = "Multi-token prediction (Gloeckle et al. 2024, arXiv 2404.19737)"
 CLLM = "Consistency models (Kou et al. 2024, arXiv 2403.00835)"
 JOINT = "Joint decoding (Qin et al. 2025, arXiv 2407.09722)"
@@ -275,6 +294,15 @@ CLAIMS = (
         "attached",
         of_attached,
         lambda v: v["speedup"] > 1 and v["identical_or_near_ties"],
+    ),
+    Claim(
+        OTHERS,
+        "Heads trained from the start foresee more than heads attached afterwards",
+        "no number of comparable size",
+        "python -m benchmarks.retrofit",
+        "retrofit",
+        of_retrofit,
+        attached_foresee_less,
     ),
     Claim(
         CLLM,

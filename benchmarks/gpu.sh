@@ -12,6 +12,8 @@
 #     SQL=runs/sql benchmarks/gpu.sh consistency   # a run of text to SQL, of any size: an hour
 #     benchmarks/gpu.sh studies    # grids of training runs, wider than a CPU's: hours; the same command
 #                                  # goes on where it was stopped
+#     benchmarks/gpu.sh retrofit   # heads from the start and attached afterwards, 50M parameters: most of an
+#                                  # hour, and goes on where it was (needs the extra cli)
 #     QUICK=1 RESULTS=/tmp benchmarks/gpu.sh     # toy sizes, anywhere, to try the script
 #
 # It needs this checkout and a Python (PYTHON, by default python3) with torch and what ships beside
@@ -78,6 +80,10 @@ for what in ${@:-train decode}; do
                     'words=["device=cuda","train.compile=true","train.batch_size=64"]'
             done
             ;;
+        retrofit)
+            part "retrofit_$gpu" 3600 benchmarks.retrofit device=cuda dim=512 blocks=12 seq_len=512 batch_size=16 \
+                steps=1000 own_texts=2000 prompts=128 "out=runs/retrofit_$gpu"
+            ;;
         "quick train")
             part "train_memory_$gpu" 60 benchmarks.train_memory shapes=small dtypes=float32
             part "train_speed_${gpu}_1m" 60 benchmarks.train_speed shape=1m seq_len=16 pairs=2
@@ -94,7 +100,14 @@ for what in ${@:-train decode}; do
             part "science_sizes_$gpu" 600 benchmarks.science study=sizes quick=true \
                 'words=["train.steps=2","train.eval_every=0","train.eval_batches=1"]'
             ;;
-        *) echo "error: $what is unknown: allowed are train, decode, joint, consistency, studies" >&2; exit 1 ;;
+        "quick retrofit")
+            part "retrofit_$gpu" 400 benchmarks.retrofit dim=32 blocks=2 seq_len=32 batch_size=2 steps=8 seeds=2 \
+                'attach_lrs=[0.002]' own_texts=8 prompt_tokens=8 prompts=2 eval_batches=2 "out=$(mktemp -d)"
+            ;;
+        *)
+            echo "error: $what is unknown: allowed are train, decode, joint, consistency, studies, retrofit" >&2
+            exit 1
+            ;;
     esac
 done
 cat <<END

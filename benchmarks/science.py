@@ -25,19 +25,19 @@ last line is JSON.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mtp
+from benchmarks.cells import Values, as_words, call, kept
 from benchmarks.pictures import study_panels
-from benchmarks.record import ROOT, circumstances, parse, record
-from mtp.checkpoint import find, load_config, write_text
+from benchmarks.record import ROOT, parse, record
+from mtp.checkpoint import find, load_config
 from mtp.estimate import estimate
 from mtp.evaluate.scores import Interval, over_seeds
 from mtp.model import ModelConfig
@@ -47,7 +47,7 @@ from mtp.tokenizer import load_tokenizer
 from mtp.train import TrainConfig
 
 STUDIES = ROOT / "configs" / "study"
-Values = dict[str, Any]  # key of the command line -> value
+_train = partial(call, "train")
 
 
 @dataclass
@@ -167,12 +167,12 @@ def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
         range(study.seeds), study.budgets, _each(study.axes), _each(study.tuned), keys_of
     )
     for seed, budget, setting, tuned, arm in grid:
-        common = [f"experiment={study.experiment}", *study.words, *words, *_words(setting)]
-        baseline, own = ([*common, *_words(keys)] for keys in (first, keys_of[arm]))
-        chosen = [*_words(tuned), *BUDGETS[budget](study, baseline, own)]
+        common = [f"experiment={study.experiment}", *study.words, *words, *as_words(setting)]
+        baseline, own = ([*common, *as_words(keys)] for keys in (first, keys_of[arm]))
+        chosen = [*as_words(tuned), *BUDGETS[budget](study, baseline, own)]
         seeds = [f"train.seed={seed}", f"data.seed={seed}"]
         said = {"arm": arm} if arm in study.arms else keys_of[arm]
-        different = [*_words(setting | said), *chosen, seeds[0]]
+        different = [*as_words(setting | said), *chosen, seeds[0]]
         folder = _last_keys(different)
         place = (("budget", budget), *setting.items())
         every = (*own, *chosen, *seeds)
@@ -182,10 +182,6 @@ def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
 
 def _each(values: Mapping[str, list]) -> list[Values]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
-
-
-def _words(values: Values) -> list[str]:
-    return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
 
 
 def _last_keys(words: Sequence[str]) -> str:
@@ -225,14 +221,6 @@ def operations(words: Iterable[str]) -> float:
     return sum(estimate(one, training, seq_len)["flops_per_token"] for one in some) / len(some)
 
 
-def _train(*words: str, capture: bool = False) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: the run ended with status {done.returncode}: {' '.join(words)}")
-    return done.stdout if capture else ""
-
-
 def _same_trunk(study: Study, baseline: list[str], arm: list[str]) -> list[str]:
     if arm == baseline:
         return []
@@ -264,14 +252,11 @@ BUDGETS: dict[str, Callable[[Study, list[str], list[str]], list[str]]] = {
 
 def trained(cell: Cell, study: Study, folder: Path) -> Values:
     """The cell's record, made by training where there is none. SystemExit if it was stopped."""
-    written, run_dir = folder / "cell.json", folder / "run"
     identity = {"words": [*cell.words], "measure": study.measure, "asked": study.asked}
-    if written.is_file():
-        found = json.loads(written.read_text(encoding="utf-8"))
-        if differs := [key for key in identity if found.get(key, identity[key]) != identity[key]]:
-            said = f"of other {', '.join(differs)}"
-            raise SystemExit(f"error: {folder} holds a cell of another study, {said}: move it away")
-        return found
+    return kept(folder, identity, lambda: _made(cell, study, folder / "run"))
+
+
+def _made(cell: Cell, study: Study, run_dir: Path) -> Values:
     _train(*cell.words, f"run_dir={json.dumps(str(run_dir))}", "resume=auto")
     rows = [json.loads(line) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
     last = rows[-1] if rows else {}
@@ -280,9 +265,7 @@ def trained(cell: Cell, study: Study, folder: Path) -> Values:
             known = ", ".join(key for key in last if key.startswith("val_")) or "none: stopped"
             raise SystemExit(f"error: no {key} at the end of {run_dir}; there is {known}")
     model = load_config(find(run_dir))
-    found = {
-        **identity,
-        "commit": circumstances()["commit"],
+    return {
         "value": last[study.measure],
         "curve": [[r["step"], r[study.measure]] for r in rows if study.measure in r],
         **{key: last[key] for key in ("step", "tokens", "seconds")},
@@ -290,8 +273,6 @@ def trained(cell: Cell, study: Study, folder: Path) -> Values:
         "parameters": estimate(model, TrainConfig(), 1)["parameters"],
         "tests": {name: asked(run_dir, args, study.problems) for name, args in study.tests.items()},
     }
-    write_text(written, json.dumps(found, indent=1) + "\n")
-    return found
 
 
 def asked(run_dir: Path, args: dict[str, int], count: int) -> float:
