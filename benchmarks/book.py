@@ -160,7 +160,29 @@ def attached_foresee_less(v: Values) -> bool:
     return all(line["difference"]["high"] < 0 for line in lines)
 
 
+def of_information(v: Values) -> str:
+    shared, aligned = v["information"], v["gradients"]
+    parts = ", ".join(f"{name} {shared[key]['mean']:.2f}" for name, key in INFORMATION.items())
+    heads = ", ".join(f"{aligned[f'output_{i}']['mean']:.2f}" for i in range(2, v["n"] + 1))
+    return (
+        f"{parts} bits; {100 * shared['share_next_2']['mean']:.0f} % of the loss of the next "
+        f"token is what both share, {100 * shared['share_two_2']['mean']:.0f} % of that of two. "
+        f"Cosine of the gradients of heads 2 to {v['n']} with head 1's: {heads}"
+    )
+
+
+def of_choices(v: Values) -> str:
+    choice, n = v["choices"], v["n"]
+    forks, others = (choice[key] for key in ("terms_forks", "terms_others"))
+    return (
+        f"n = {n}: tokens of {v['bits']:g} bits or more weigh {forks['mean']:.2f} times "
+        f"(90 % interval {forks['low']:.2f} to {forks['high']:.2f}) what their own n terms do, of "
+        f"at most {(n + 1) / 2:g} in the paper's model, others {others['mean']:.2f} times"
+    )
+
+
 ATTACHED_WAYS = ("frozen", "joint", "own text")  # of `benchmarks.retrofit`
+INFORMATION = {"H(X given Y)": "x_given_y_2", "I(X;Y)": "shared_2", "H(Y given X)": "y_given_x_2"}
 MTP = "Multi-token prediction (Gloeckle et al. 2024, arXiv 2404.19737)"
 CLLM = "Consistency models (Kou et al. 2024, arXiv 2403.00835)"
 JOINT = "Joint decoding (Qin et al. 2025, arXiv 2407.09722)"
@@ -237,6 +259,24 @@ CLAIMS = (
         of_micro,
         None,
         "our models solve no problem of HumanEval; programs they can solve are another measure",
+    ),
+    Claim(
+        MTP,
+        "What two tokens share counts twice in their loss",
+        "H(X) + H(Y) = H(X given Y) + 2 I(X;Y) + H(Y given X) (section 5.2, lemma L.3)",
+        "python -m benchmarks.alignment checkpoint=runs/bytes8",
+        "alignment",
+        of_information,
+        lambda v: v["information"]["shared_2"]["low"] > 0,
+    ),
+    Claim(
+        MTP,
+        "Choices that later tokens hang on weigh more",
+        "(n + 1) / 2 times as much as inconsequential ones (appendix L.3)",
+        "python -m benchmarks.alignment checkpoint=runs/bytes8",
+        "alignment",
+        of_choices,
+        lambda v: v["choices"]["terms_forks"]["low"] > 1,
     ),
     Claim(
         MTP,
