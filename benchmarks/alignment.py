@@ -182,12 +182,12 @@ def terms(found: Losses) -> Terms:
 
 
 def choices(of: Terms, bits: float) -> Values:
-    """ValueError where all tokens or none are forks."""
+    """SystemExit where all tokens or none are forks."""
     fork, whole = of.unsure >= bits, of.own + of.later
     if fork.all() or not fork.any():
-        raise ValueError(
-            f"bits={bits}: in a batch all tokens or none are that unsure; head 1's entropy is "
-            f"{of.unsure.min():.2f} to {of.unsure.max():.2f} bits there"
+        raise SystemExit(
+            f"error: bits={bits}: in a batch all tokens or none are that unsure; head 1's entropy "
+            f"is {of.unsure.min():.2f} to {of.unsure.max():.2f} bits there"
         )
     return {
         "forks": fork.float().mean().item(),

@@ -276,7 +276,7 @@ CLAIMS = (
         "python -m benchmarks.alignment checkpoint=runs/bytes8",
         "alignment",
         of_choices,
-        lambda v: v["choices"]["terms_forks"]["low"] > 1,
+        lambda v: v["choices"]["terms_forks"]["low"] > v["choices"]["terms_others"]["high"],
     ),
     Claim(
         MTP,

@@ -174,7 +174,7 @@ def test_terms_are_those_across_each_token_within_targets_of_one_document():
 
 def test_where_all_or_no_tokens_are_forks_the_threshold_is_refused():
     found = terms(losses_of_a_choice(2, True))
-    with pytest.raises(ValueError, match=r"bits=2.0: .* entropy is 0.00 to 1.00 bits"):
+    with pytest.raises(SystemExit, match=r"bits=2.0: .* entropy is 0.00 to 1.00 bits"):
         choices(found, 2.0)
 
 
