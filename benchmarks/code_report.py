@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any
 
 from benchmarks.code_samples import TOO_LONG, Cell
+from benchmarks.page import markdown_table
 from mtp.evaluate.samples import Sample, tally
 from mtp.evaluate.scores import Rates, best_temperature, compare, pass_rates, pass_table
 
@@ -138,9 +139,7 @@ def table(title: str, rows: Iterable[Mapping[str, str]]) -> str:
     lines = list(rows)
     if not lines:
         return ""
-    heads = list(lines[0])
-    body = [heads, ["---"] * len(heads), *([line[head] for head in heads] for line in lines)]
-    return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+    return f"**{title}**\n\n{markdown_table(lines)}"
 
 
 def percent(x: Mapping[str, Any], form: str = ".1f") -> str:

@@ -156,27 +156,37 @@ def energy(
     }
 
 
+def figures(
+    setting: Setting, way: Way, of_way: Measured, turns: Turns[Spent], name: str, idle: float | None
+) -> dict[str, Any]:
+    """Of the way with this name: its texts' perplexity, and what they took. idle: watts, where
+    energy is counted.
+    """
+    p50, p95 = np.quantile(of_way.seconds, [0.5, 0.95]).tolist()
+    return {
+        "perplexity": perplexity(of_way),
+        "tokens_per_second": 1 / of_way.point[1],
+        "seconds_p50": p50,
+        "seconds_p95": p95,
+        "tokens": int(of_way.tokens.sum()),
+        **costs(setting, way, turns.done[name]),
+        **energy(turns.done[name], turns.took[name], idle),
+    }
+
+
 def points(setting: Setting, config: JointConfig, idle: float | None) -> dict[str, Any]:
     """Everything that is recorded."""
     of_all = ways(setting, config)
-    turns, depths = race(setting, of_all, config)
+    turns, depths = race(setting, of_all, config.new_tokens, config.rounds)
     found, texts = measured(setting, turns)
     values: dict[str, Any] = {}
     for name, way in of_all.items():
-        of_way, done = found["perplexity"][name], turns.done[name]
-        p50, p95 = np.quantile(of_way.seconds, [0.5, 0.95]).tolist()
         values[name] = {
             "family": way.family,
             "temperature": way.words["sampling"].temperature,
             "depth": depths[name],
-            "perplexity": perplexity(of_way),
-            "tokens_per_second": 1 / of_way.point[1],
-            "seconds_p50": p50,
-            "seconds_p95": p95,
             "distinct": [distinct(texts[name], n) for n in (1, 2, 3, 4)],
-            "tokens": int(of_way.tokens.sum()),
-            **costs(setting, way, done),
-            **energy(done, turns.took[name], idle),
+            **figures(setting, way, found["perplexity"][name], turns, name, idle),
         }
         if "score" in found:
             values[name]["score"] = 1 - found["score"][name].point[0]

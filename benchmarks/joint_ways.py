@@ -110,7 +110,7 @@ class JointConfig:
 @dataclass(frozen=True)
 class Setting:
     """parameters: by which a position of target, of draft and of one extra head is multiplied.
-    requests: PROBED ones, and those that are measured. problems: that those answer.
+    requests: `probed` ones, and those that are measured. problems: that those answer.
     """
 
     target: Any
@@ -120,10 +120,11 @@ class Setting:
     tokenizer: Any = None
     problems: Sequence[Problem] = ()
     counter: Counter | None = None
+    probed: int = PROBED
 
     @property
     def measured(self) -> list[mtp.Request]:
-        return self.requests[PROBED:]
+        return self.requests[self.probed :]
 
 
 def opened(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, FoundModel | None]:
@@ -324,11 +325,13 @@ def decode(
 def fastest_depth(setting: Setting, way: Way, new: int) -> int | None:
     """On texts that are not measured; None where nothing drafts."""
 
+    some = setting.requests[: min(PROBED, setting.probed)]
+
     def pace(depth: int) -> float:
         decoder = contender(setting, way, depth)
-        decoder(setting.requests[0], min(8, new))  # warms up
+        decoder(some[0], min(8, new))  # warms up
         started = time.perf_counter()
-        tokens = sum(len(decoder(request, new).text) for request in setting.requests[:PROBED])
+        tokens = sum(len(decoder(request, new).text) for request in some)
         return tokens / (time.perf_counter() - started)
 
     if len(way.depths) < 2:
@@ -337,11 +340,14 @@ def fastest_depth(setting: Setting, way: Way, new: int) -> int | None:
 
 
 def race(
-    setting: Setting, of_all: Mapping[str, Way], config: JointConfig
+    setting: Setting,
+    of_all: Mapping[str, Way],
+    new: int,
+    rounds: int,
+    tell: Callable[[int, int], object] = lambda taken, of: None,
 ) -> tuple[Turns[Spent], dict[str, int | None]]:
-    """Turns, and the depth of each way."""
-    new = config.new_tokens
+    """Turns, and the depth of each way. tell: as `take_turns` says."""
     depths = {name: fastest_depth(setting, way, new) for name, way in of_all.items()}
     contenders = {name: contender(setting, way, depths[name]) for name, way in of_all.items()}
     take_turns(contenders, setting.requests[:1], min(32, new), 1)  # warms up
-    return take_turns(contenders, setting.measured, new, config.rounds), depths
+    return take_turns(contenders, setting.measured, new, rounds, tell), depths

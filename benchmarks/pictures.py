@@ -13,11 +13,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.joint_measures import curve
+from benchmarks.page import page
 from mtp.decode.contract import Completion
 
 # Head 1 (the target's own token) is plain; deeper guesses are warmer. Told apart by colour-blind
 # readers too: lightness falls with depth.
 COLOURS = ("#ffffff", "#d7ecff", "#9fd3ff", "#ffd27a", "#ff9d5c", "#e06c4c", "#c04a6b", "#8d4fa8")
+HEADS_STYLE = """
+pre { font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: break-spaces;
+      overflow-wrap: anywhere; background: #fff; border: 1px solid #dfe3ea; border-radius: 6px;
+      padding: .8rem }
+.prompt { color: #8a93a3 } small { color: #5c6675 }
+i { font-style: normal; border-radius: 2px }
+"""
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -191,27 +199,11 @@ def heads_page(
         _mark(h, f" head {h} " if h > 1 else " head 1 ") for h in range(1, deepest + 1)
     )
     blocks = "".join(_block(prompt, completion, show) for prompt, completion in done)
-    path.write_text(
-        f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1d2330; background: #f6f7f9 }}
-pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: break-spaces;
-      overflow-wrap: anywhere; background: #fff; border: 1px solid #dfe3ea; border-radius: 6px;
-      padding: .8rem }}
-.prompt {{ color: #8a93a3 }} small {{ color: #5c6675 }}
-i {{ font-style: normal; border-radius: 2px }}
-</style>
-<h1>{html.escape(title)}</h1>
-<p>{html.escape(sentence)}</p>
+    body = f"""<p>{html.escape(sentence)}</p>
 <p>Each new token stands on the colour of the head that guessed it; on white is what the next-token
 head added itself, one token per step. {legend}</p>
-{blocks}</html>
-""",
-        encoding="utf-8",
-    )
+{blocks}"""
+    path.write_text(page(title, body, HEADS_STYLE), encoding="utf-8")
 
 
 def _block(prompt: str, completion: Completion, show: Callable[[int], str]) -> str:

@@ -60,9 +60,10 @@ def take_turns(
     groups: Sequence[Group],
     new: int,
     rounds: int,
+    tell: Callable[[int, int], object] = lambda taken, of: None,
 ) -> Turns[Result]:
     """Every contender (group, new tokens) has every group in every round, in an order that moves on
-    each time and turns round in every other round.
+    each time and turns round in every other round. tell: hears how many turns of all are taken.
     """
     took: dict[str, list[list[float]]] = {name: [[] for _ in groups] for name in found}
     done: dict[str, list[Result]] = {name: [] for name in found}
@@ -71,12 +72,14 @@ def take_turns(
         done[name][group:] = [found[name](groups[group], new)]
 
     names = list(found)
+    tell(0, rounds * len(groups))
     for i in range(rounds):
         for group in range(len(groups)):
             first = (i + group) % len(names)
             order = [*names[first:], *names[:first]]
             for name in order[::-1] if i % 2 else order:
                 took[name][group].append(seconds(partial(turn, name, group)))
+            tell(i * len(groups) + group + 1, rounds * len(groups))
     return Turns(took, done)
 
 

@@ -8,14 +8,13 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.page import page
 from mtp.checkpoint import write_text
 from mtp.consistency.measures import States, counted
 from mtp.consistency.trajectories import Trajectory
 from mtp.tokenizer import Tokenizer
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1d2330; background: #f6f7f9 }
 pre, li { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
           overflow-wrap: anywhere }
 pre { color: #5c6675 } ol { background: #fff; border: 1px solid #dfe3ea; border-radius: 6px;
@@ -34,16 +33,12 @@ def trajectory_page(
 ) -> None:
     """Two models side by side, for each prompt."""
     blocks = "".join(_prompt(pair, names, tokenizer) for pair in pairs)
-    text = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Jacobi trajectories</title><style>{STYLE}</style>
-<h1>Jacobi trajectories</h1>
+    body = f"""
 <p>Each line is a state of a window, from a first guess to the text itself; one pass leads from a
 line to the next. Tokens that are <i class="right">right</i> already are blue,
 <i class="wrong">wrong</i> ones red.</p>
-{blocks}</html>
-"""
-    write_text(path, text)
+{blocks}"""
+    write_text(path, page("Jacobi trajectories", body, STYLE))
 
 
 def _prompt(

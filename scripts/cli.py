@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -26,13 +27,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 log = logging.getLogger("mtp")
 ERRORS = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+REPORTS = CONFIGS / "report"  # of commands whose keys, such as model=, are no choice of a file
 
 
 def register(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
-def launch(name: str, schema: type, action: Callable[[Any], object]) -> None:
+def launch(
+    name: str, schema: type, action: Callable[[Any], object], configs: Path = CONFIGS
+) -> None:
     """Run `action` on the object that the command line describes, or, with -m, on each of a sweep's
     objects in turn or wherever hydra.launcher sends them. A job's run_dir is a folder in the
     sweep's, named after what tells it from the others. One that fails does not keep the others from
@@ -42,7 +46,7 @@ def launch(name: str, schema: type, action: Callable[[Any], object]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
     register(name, schema)
 
-    @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=name)
+    @hydra.main(version_base=None, config_path=str(configs), config_name=name)
     def main(config: DictConfig) -> None:
         if HydraConfig.get().mode is not RunMode.MULTIRUN:
             with _errors_in_one_line():  # inside too, else Hydra adds lines of its own
@@ -62,6 +66,34 @@ def launch(name: str, schema: type, action: Callable[[Any], object]) -> None:
     with _errors_in_one_line():
         common = _common(sys.argv[1:])
         main()
+
+
+def read_lines(path: Path) -> list[str]:
+    """Of a text file; the last one may lack its end. ValueError names what is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from error
+
+
+def progress(what: str, every: float = 2.0) -> Callable[[int, int], None]:
+    """Tells on stderr how many of all are done, and how long the others will take. To be told that
+    none is done yet starts its clock.
+    """
+    started = told = time.monotonic()
+    first: int | None = None  # of this command, which may go on with another's
+
+    def tell(done: int, total: int) -> None:
+        nonlocal started, told, first
+        now, first = time.monotonic(), done - 1 if first is None else first
+        if not done:
+            started, first = now, 0
+        elif now - told >= every or done == total:
+            told, left = now, int((now - started) / (done - first) * (total - done))
+            said = f"{done}/{total} {what}  {left // 60}:{left % 60:02d} left"
+            print(said, file=sys.stderr)
+
+    return tell
 
 
 def _log_to_stderr() -> None:

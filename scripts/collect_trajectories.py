@@ -13,8 +13,6 @@ that was stopped goes on where it was when it is given again. `--cfg job` prints
 import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,7 +30,7 @@ from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
-from scripts.cli import launch
+from scripts.cli import launch, progress
 
 
 @dataclass
@@ -86,21 +84,6 @@ def _origin(config: CollectConfig, found: FoundModel, prompts: list[list[int]]) 
     return Origin(found.tokenizer.fingerprint, model, config.window, settings)
 
 
-def _progress(every: float = 2.0) -> Callable[[int, int], None]:
-    started = told = time.monotonic()
-    first: int | None = None  # of this command, which may go on with another's
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told, first
-        now, first = time.monotonic(), done - 1 if first is None else first
-        if now - told >= every or done == total:
-            told, left = now, int((now - started) / (done - first) * (total - done))
-            said = f"{done}/{total} responses  {left // 60}:{left % 60:02d} left"
-            print(said, file=sys.stderr)
-
-    return tell
-
-
 def collect(config: CollectConfig) -> None:
     found = find_model(config.checkpoint, special=False)  # as documents are read
     prompts, stop = _prompts(config, found.tokenizer), mtp.stop_at(*found.ends)
@@ -117,7 +100,7 @@ def collect(config: CollectConfig) -> None:
         batch_size=config.batch_size,
         sampling=config.sampling,
         shard_size=config.shard_size,
-        tell=_progress(),
+        tell=progress("responses"),
     )
     print(
         f"written: {config.out}, {report.kept} of {report.responses} responses kept; dropped: "

@@ -32,7 +32,7 @@ from mtp.interop.folder import FoundModel, find_model
 from mtp.run import data_of, find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
-from scripts.cli import launch
+from scripts.cli import launch, read_lines
 from scripts.draft_vocabulary import read_vocabulary
 
 CHECKED_ROWS, CHECKED_TOKENS, CHECKED_NEW = 8, 256, 96  # a minute's work for a model of 100M
@@ -82,13 +82,6 @@ class GenerateConfig:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(allowed)}")
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from error
-
-
 def _settings(config: GenerateConfig) -> tuple[list[int], list[str]]:
     """Numbers of threads and precisions to choose from, the plainest first."""
     threads, precisions = sorted({1, torch.get_num_threads()}), list(PRECISIONS)
@@ -116,7 +109,7 @@ def _draft(config: GenerateConfig, tokenizer: Tokenizer, precision: str) -> Any:
 
 
 def _prompts(config: GenerateConfig, tokenizer: Tokenizer) -> list[list[int]]:
-    texts = _lines(Path(config.prompts)) if config.prompts else [str(config.prompt)]
+    texts = read_lines(Path(config.prompts)) if config.prompts else [str(config.prompt)]
     if config.chat:
         template = chat_template(tokenizer)
         texts = [template.render([{"role": "user", "content": text}], True) for text in texts]

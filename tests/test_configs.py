@@ -23,8 +23,9 @@ hydra = pytest.importorskip("hydra")
 from hydra.errors import ConfigCompositionException  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+from benchmarks.pilot_ways import PilotConfig  # noqa: E402
 from scripts.attach import AttachConfig  # noqa: E402
-from scripts.cli import register  # noqa: E402
+from scripts.cli import REPORTS, register  # noqa: E402
 from scripts.collect_trajectories import CollectConfig  # noqa: E402
 from scripts.convert import FORMATS, ConvertConfig  # noqa: E402
 from scripts.draft_vocabulary import VocabularyConfig  # noqa: E402
@@ -47,6 +48,8 @@ SCHEMAS = {
     "self_distill": SelfDistillConfig,
     "train_tokenizer": TokenizerConfig,
 }
+REPORT_SCHEMAS = {"pilot": PilotConfig}
+REPORT_NEEDED = {"pilot": ["model=x", "prompts=y"]}
 NEEDED = {  # what a command or file leaves to the user
     "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
     "attach": ["trunk=x"],
@@ -89,6 +92,7 @@ def test_every_file_is_tried_below():
     tried |= {choice.replace("=", "/") + ".yaml" for choice in choices()}
     tried |= {f"attach/{name}.yaml" for name in names("attach")}
     tried.add("cluster/slurm.yaml")  # in test_cluster.py, where its launcher is installed
+    tried |= {f"report/{name}.yaml" for name in REPORT_SCHEMAS}
     tried |= {f"study/{name}.yaml" for name in names("study")}  # in test_science.py
     tried |= {f"lm_eval/{name}.yaml" for name in names("lm_eval")}  # not ours: test_harness.py
     assert {str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")} == tried
@@ -97,6 +101,14 @@ def test_every_file_is_tried_below():
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_command_composes_into_its_dataclass(name):
     assert isinstance(compose(name, *NEEDED.get(name, ())), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("name", REPORT_SCHEMAS)
+def test_every_report_composes_where_its_keys_are_no_groups(name):
+    register(name, REPORT_SCHEMAS[name])
+    with hydra.initialize_config_dir(str(REPORTS), version_base=None):
+        found = OmegaConf.to_object(hydra.compose(name, overrides=REPORT_NEEDED[name]))
+    assert isinstance(found, REPORT_SCHEMAS[name])
 
 
 def test_the_help_of_conversion_has_a_cell_for_every_pair():
