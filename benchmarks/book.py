@@ -263,7 +263,7 @@ CLAIMS = (
     Claim(
         MTP,
         "What two tokens share counts twice in their loss",
-        "H(X) + H(Y) = H(X given Y) + 2 I(X;Y) + H(Y given X) (section 5.2, lemma L.3)",
+        "H(X) + H(Y) = H(X given Y) + 2 I(X;Y) + H(Y given X) (lemma L.3)",
         "python -m benchmarks.alignment checkpoint=runs/bytes8",
         "alignment",
         of_information,

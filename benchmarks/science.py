@@ -73,7 +73,7 @@ class Study:
     """
 
     question: str
-    experiment: str
+    experiment: str | None
     arms: dict[str, Any]
     tuned: dict[str, list] = field(default_factory=dict)
     axes: dict[str, list] = field(default_factory=dict)
@@ -163,11 +163,12 @@ class Cell(NamedTuple):
 def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
     keys_of, cells = study.keys_of, []
     first, *_ = keys_of.values()
+    experiment = [f"experiment={study.experiment}"] if study.experiment else []
     grid = product(
         range(study.seeds), study.budgets, _each(study.axes), _each(study.tuned), keys_of
     )
     for seed, budget, setting, tuned, arm in grid:
-        common = [f"experiment={study.experiment}", *study.words, *words, *as_words(setting)]
+        common = [*experiment, *study.words, *words, *as_words(setting)]
         baseline, own = ([*common, *as_words(keys)] for keys in (first, keys_of[arm]))
         chosen = [*as_words(tuned), *BUDGETS[budget](study, baseline, own)]
         seeds = [f"train.seed={seed}", f"data.seed={seed}"]
@@ -264,15 +265,19 @@ def _made(cell: Cell, study: Study, run_dir: Path) -> Values:
         if key not in last:
             known = ", ".join(key for key in last if key.startswith("val_")) or "none: stopped"
             raise SystemExit(f"error: no {key} at the end of {run_dir}; there is {known}")
-    model = load_config(find(run_dir))
     return {
         "value": last[study.measure],
         "curve": [[r["step"], r[study.measure]] for r in rows if study.measure in r],
         **{key: last[key] for key in ("step", "tokens", "seconds")},
         "columns": {key: last[key] for key in study.columns},
-        "parameters": estimate(model, TrainConfig(), 1)["parameters"],
+        "parameters": parameters_of(run_dir),
         "tests": {name: asked(run_dir, args, study.problems) for name, args in study.tests.items()},
     }
+
+
+def parameters_of(run_dir: Path) -> float:
+    """All of the model that a run left."""
+    return estimate(load_config(find(run_dir)), TrainConfig(), 1)["parameters"]
 
 
 def asked(run_dir: Path, args: dict[str, int], count: int) -> float:
@@ -319,7 +324,7 @@ def _line(study: Study, runs: list[Values], baseline: list[Values]) -> Values:
         "values": values,
         **over_seeds(values)._asdict(),
         "difference": difference._asdict(),
-        "verdict": _verdict(difference, study.higher),
+        "verdict": verdict(difference, study.higher),
         "tests": {name: over_seeds(shares)._asdict() for name, shares in tests.items()},
         "columns": {key: over_seeds(values)._asdict() for key, values in columns.items()},
         **{key: runs[0][key] for key in ("parameters", "step", "tokens")},
@@ -328,7 +333,7 @@ def _line(study: Study, runs: list[Values], baseline: list[Values]) -> Values:
     }
 
 
-def _verdict(difference: Interval, higher: bool) -> str:
+def verdict(difference: Interval, higher: bool) -> str:
     """Whether the interval of a difference says so; the baseline's own is open."""
     if difference.low <= 0 <= difference.high:
         return "open"

@@ -27,6 +27,7 @@ from benchmarks.pilot_ways import PilotConfig  # noqa: E402
 from scripts.attach import AttachConfig  # noqa: E402
 from scripts.cli import REPORTS, register  # noqa: E402
 from scripts.collect_trajectories import CollectConfig  # noqa: E402
+from scripts.compare import CompareConfig  # noqa: E402
 from scripts.convert import FORMATS, ConvertConfig  # noqa: E402
 from scripts.draft_vocabulary import VocabularyConfig  # noqa: E402
 from scripts.gather import GatherConfig  # noqa: E402
@@ -48,8 +49,8 @@ SCHEMAS = {
     "self_distill": SelfDistillConfig,
     "train_tokenizer": TokenizerConfig,
 }
-REPORT_SCHEMAS = {"pilot": PilotConfig}
-REPORT_NEEDED = {"pilot": ["model=x", "prompts=y"]}
+REPORT_SCHEMAS = {"pilot": PilotConfig, "compare": CompareConfig}
+REPORT_NEEDED = {"pilot": ["model=x", "prompts=y"], "compare": ["data=/"]}
 NEEDED = {  # what a command or file leaves to the user
     "convert": ["source_format=meta", "source=x", "out_format=llama", "out=y"],
     "attach": ["trunk=x"],
