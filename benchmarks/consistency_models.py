@@ -32,16 +32,17 @@ from mtp.run import RunConfig, data_of, find_device, run
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS, TrainConfig
 
-QUICK = {
+QUICK = {  # many small steps: these teach more in the same time
     "prompts": 1000,
-    "steps": 240,
+    "states": 2,
+    "batch_size": 4,
+    "steps": 400,
     "draft_steps": 50,
     "problems": 200,
     "texts": 12,
     "rounds": 2,
 }
 TRAINED_WINDOW = 8  # 16 as published: what lies farther away a small model hardly learns
-STATES = 4  # of each window in a row
 COLUMNS = 1024  # of a packed row, at most
 DRAFT = ModelConfig(dim=64, n_layers=2, n_heads=2, n_future_tokens=1, multiple_of=32)
 
@@ -50,9 +51,9 @@ DRAFT = ModelConfig(dim=64, n_layers=2, n_heads=2, n_future_tokens=1, multiple_o
 class BenchmarkConfig:
     """base: a run of `task`, a key of `benchmarks.tasks`. out: for what is collected and trained.
     prompts: to collect on. conditions: the most in a question in SQL. lr, ar_weight, steps,
-    batch_size: of both longer trainings. window: of Jacobi decoding where nothing else is said.
-    problems: for quality. texts, rounds: decoded in turns. quick: the direction in minutes, in
-    files of its own.
+    batch_size: of both longer trainings; states: of each window in a row. window: of Jacobi
+    decoding where nothing else is said. problems: for quality. texts, rounds: decoded in turns.
+    quick: the direction in minutes, in files of its own.
     """
 
     base: str = "runs/sql"
@@ -62,6 +63,7 @@ class BenchmarkConfig:
     prompts: int = 6000
     steps: int = 1600
     batch_size: int = 8
+    states: int = 4
     lr: float = 2e-3
     ar_weight: float = 10.0
     draft_steps: int = 300
@@ -165,7 +167,7 @@ def consistency_run(config: BenchmarkConfig, name: str) -> RunConfig:
         consistency=ConsistencyConfig(
             trajectories=config.trajectories,
             window=TRAINED_WINDOW,
-            states=1 if control else STATES,
+            states=1 if control else config.states,
             ar_weight=config.ar_weight,
             consistency_weight=float(not control),
         ),
