@@ -284,12 +284,13 @@ def finished(progress: Progress, config: TrainConfig) -> bool:
 def validate(
     model: nn.Module, batches: Iterable[Batch], n: int, bytes_per_token: float
 ) -> dict[str, float]:
-    """Per head i: val_loss_i (nats per token), val_bits_per_byte_i, val_agreement_i (i >= 2, with
-    head 1's own later choice); and val_acceptance_length, what exact greedy verification would
-    accept per step on this text (teacher-forced). Over the batches of all ranks.
+    """Per head i: val_loss_i (nats per token), val_bits_per_byte_i; for i >= 2 val_agreement_i, the
+    share of its guesses that are head 1's own later choice, and val_accepted_i, where those of
+    heads 2..i - 1 are too; and val_acceptance_length, 1 + all val_accepted_i: what exact greedy
+    verification would accept per step on this text (teacher-forced). Over the batches of all ranks.
     """
     device = next(model.parameters()).device
-    sizes = (n, n, n - 1, 1, 1)
+    sizes = (n, n, n - 1, n - 1, 1)
     sums = torch.zeros(sum(sizes), dtype=torch.double)
     for batch in batches:
         batch = batch.to(device)
@@ -300,7 +301,7 @@ def validate(
             (nll_NBT * valid).sum((1, 2)),
             valid.sum((1, 2)),
             (agree & usable).sum((1, 2)),
-            (agree.cumprod(0) * usable).sum()[None],
+            (agree.cumprod(0) * usable).sum((1, 2)),
             usable.sum()[None],
         )
         sums += torch.cat([x.cpu().double() for x in found])
@@ -312,8 +313,10 @@ def validate(
     metrics |= {
         f"val_bits_per_byte_{i}": x / math.log(2) / bytes_per_token for i, x in enumerate(loss, 1)
     }
+    accepted = (chained / usable_count.clamp(min=1)).tolist()
     metrics |= {f"val_agreement_{i}": x for i, x in enumerate(share, 2)}
-    return metrics | {"val_acceptance_length": 1 + float(chained / usable_count.clamp(min=1))}
+    metrics |= {f"val_accepted_{i}": x for i, x in enumerate(accepted, 2)}
+    return metrics | {"val_acceptance_length": 1 + float(chained.sum() / usable_count.clamp(min=1))}
 
 
 def _predictor(targets: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -363,6 +363,8 @@ def brute_force(model, given, bytes_per_token):
         expected[f"val_bits_per_byte_{i + 1}"] = loss / math.log(2) / bytes_per_token
         if i:
             expected[f"val_agreement_{i + 1}"] = agreed[i] / len(lengths)
+            accepted = sum(length > i for length in lengths)
+            expected[f"val_accepted_{i + 1}"] = accepted / len(lengths)
     return expected
 
 
