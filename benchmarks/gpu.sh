@@ -14,6 +14,7 @@
 #                                  # goes on where it was stopped
 #     benchmarks/gpu.sh retrofit   # heads from the start and attached afterwards, 50M parameters: most of an
 #                                  # hour, and goes on where it was (needs the extra cli)
+#     benchmarks/gpu.sh choose_n   # n by rule, judged against the grid of n: hours, and goes on where it was
 #     QUICK=1 RESULTS=/tmp benchmarks/gpu.sh     # toy sizes, anywhere, to try the script
 #
 # It needs this checkout and a Python (PYTHON, by default python3) with torch and what ships beside
@@ -84,6 +85,10 @@ for what in ${@:-train decode}; do
             part "retrofit_$gpu" 3600 benchmarks.retrofit device=cuda dim=512 blocks=12 seq_len=512 batch_size=16 \
                 steps=1000 own_texts=2000 prompts=128 "out=runs/retrofit_$gpu"
             ;;
+        choose_n)
+            part "choose_n_$gpu" 36000 benchmarks.choose_n "out=runs/choose_n_$gpu" \
+                'words=["device=cuda","train.compile=true","model.dim=256","train.batch_size=64"]'
+            ;;
         "quick train")
             part "train_memory_$gpu" 60 benchmarks.train_memory shapes=small dtypes=float32
             part "train_speed_${gpu}_1m" 60 benchmarks.train_speed shape=1m seq_len=16 pairs=2
@@ -104,8 +109,12 @@ for what in ${@:-train decode}; do
             part "retrofit_$gpu" 400 benchmarks.retrofit dim=32 blocks=2 seq_len=32 batch_size=2 steps=8 seeds=2 \
                 'attach_lrs=[0.002]' own_texts=8 prompt_tokens=8 prompts=2 eval_batches=2 "out=$(mktemp -d)"
             ;;
+        "quick choose_n")
+            part "choose_n_$gpu" 600 benchmarks.choose_n settings=quick "out=$(mktemp -d)" \
+                'words=["train.steps=4","train.eval_batches=1","train.batch_size=2"]'
+            ;;
         *)
-            echo "error: $what is unknown: allowed are train, decode, joint, consistency, studies, retrofit" >&2
+            echo "error: $what is unknown: allowed are train, decode, joint, consistency, studies, retrofit, choose_n" >&2
             exit 1
             ;;
     esac

@@ -193,7 +193,7 @@ def _last_keys(words: Sequence[str]) -> str:
 
 def resolved(words: Iterable[str]) -> tuple[ModelConfig, TrainConfig, int]:
     """What the command line makes of a run: its model, training and the length of its rows."""
-    found = _composed(tuple(words))
+    found = composed(tuple(words))
     training = {key: value for key, value in found["train"].items() if key != "optim"}
     vocabulary = load_tokenizer(found["data"]["tokenizer"]).vocab_size
     model = replace(ModelConfig(**found["model"]), vocab_size=vocabulary)
@@ -201,7 +201,8 @@ def resolved(words: Iterable[str]) -> tuple[ModelConfig, TrainConfig, int]:
 
 
 @cache
-def _composed(words: tuple[str, ...]) -> Values:
+def composed(words: tuple[str, ...]) -> Values:
+    """The whole configuration that a command line describes."""
     import yaml
 
     return yaml.safe_load(_train(*words, "--cfg", "job", capture=True))
@@ -214,7 +215,7 @@ def operations(words: Iterable[str]) -> float:
     words = tuple(words)
     model, training, seq_len = resolved(words)
     n, own = model.n_future_tokens, model.n_layers - model.trunk_layers
-    fewest = n if _composed(words)["head_schedule"] is None else 1
+    fewest = n if composed(words)["head_schedule"] is None else 1
     some = [
         replace(model, n_future_tokens=k, n_layers=model.trunk_layers + (k if own else 0))
         for k in range(fewest, n + 1)

@@ -95,6 +95,7 @@ def test_every_file_is_tried_below():
     tried.add("cluster/slurm.yaml")  # in test_cluster.py, where its launcher is installed
     tried |= {f"report/{name}.yaml" for name in REPORT_SCHEMAS}
     tried |= {f"study/{name}.yaml" for name in names("study")}  # in test_science.py
+    tried |= {f"choose_n/{name}.yaml" for name in names("choose_n")}  # in test_choose_n.py
     tried |= {f"lm_eval/{name}.yaml" for name in names("lm_eval")}  # not ours: test_harness.py
     assert {str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")} == tried
 
