@@ -26,9 +26,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ import mtp
 from benchmarks.decode import PLAIN, Decoded, Prompts, decode_ours, figures
 from benchmarks.pictures import decode_panels
 from benchmarks.record import parse, record
-from benchmarks.texts import Judge, coverage, movement, rows_of
+from benchmarks.texts import Judge, coverage, movement, on_text, rows_of
 from benchmarks.timing import take_turns
 from mtp.data import Corpus, frequent_tokens, iter_documents, load_corpus
 from mtp.decode.depth import AdaptiveDepth
@@ -50,7 +51,6 @@ from mtp.interop.attach import AttachedHeads, attach_heads, save_heads
 from mtp.interop.draft_loss import DraftLoss
 from mtp.interop.llama import load_llama
 from mtp.interop.states import StateBatches, write_states
-from mtp.loss import agreements
 from mtp.optim import OptimConfig
 from mtp.tokenizer import HuggingFaceTokenizer, Tokenizer
 from mtp.train import PRECISIONS, TrainConfig, train
@@ -156,33 +156,6 @@ def learn(
     }
 
 
-# Teacher-forced.
-
-
-def choices(ids: Tensor) -> Callable[..., Tensor]:
-    """A score: what each head thinks most probable (N, B, T), heads 2..n among ids."""
-
-    def score(
-        fns: Any, latents: Sequence[Tensor], weights: Sequence[Tensor], params: Any
-    ) -> Tensor:
-        first, later = latents[0] @ weights[0].T, [x @ weights[0][ids].T for x in latents[1:]]
-        return torch.stack([first.argmax(-1), *(ids[x.argmax(-1)] for x in later)])
-
-    return score
-
-
-@torch.inference_mode()
-def foreseen(model: AttachedHeads, rows: Prompts, ids: Tensor, skip: int = 0) -> list[float]:
-    """How often guesses 1..d all are the trunk's own choice, for each d, from token `skip` on."""
-    found, positions = torch.zeros(model.extra_heads), 0
-    for row in rows:
-        best = model(torch.tensor([row]), score=choices(ids))[:, :, skip:]
-        agree, usable = agreements(best, torch.ones_like(best, dtype=torch.bool))
-        found += agree.cumprod(0).sum((1, 2))
-        positions += usable.shape[1]
-    return (found / positions).tolist()
-
-
 # Decoding.
 
 
@@ -220,9 +193,10 @@ def compare(
     found[PLAIN]["movement"] = near
     own = [[*a, *b] for a, b in zip(prompts, texts[PLAIN], strict=False)]
     for kind, model in heads.items():
-        shares = foreseen(model, rows, ids), foreseen(model, own, ids, config.prompt_tokens)
+        begins = repeat(config.prompt_tokens)
+        both = on_text(model, rows, 1, ids), on_text(model, own, 1, ids, begins)
         found[kind]["acceptance_text"], found[kind]["acceptance_own_text"] = (
-            1 + sum(share) for share in shares
+            1 + sum(text.chain) for text in both
         )
     return found
 

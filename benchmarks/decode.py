@@ -120,6 +120,10 @@ class Decoded(NamedTuple):
     drafted: list[int]
     accepted: list[int]
 
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.texts))
+
 
 Contender = Callable[[Prompts, int], Decoded]
 
@@ -150,6 +154,12 @@ def decode_ours(
     stop: Callable[[list[int]], bool] | None = None,
 ) -> Decoded:
     requests = [mtp.Request(prompt, new, stop=stop) for prompt in prompts]
+    return decode_requests(model, words, rows, requests)
+
+
+def decode_requests(
+    model: Any, words: dict[str, Any], rows: int, requests: Sequence[mtp.Request]
+) -> Decoded:
     done = mtp.generate(model, requests, batch_size=rows, **words)
     drafted, accepted = (_sums(getattr(c, key) for c in done) for key in ("drafted", "accepted"))
     return Decoded([c.tokens for c in done], sum(c.steps for c in done), drafted, accepted)
@@ -217,7 +227,7 @@ def figures(turns: Turns[Decoded], name: str, rows: int, plain: str = PLAIN) -> 
     steps = sum(d.steps for d in done)
     drafted, accepted = _sums(d.drafted for d in done), _sums(d.accepted for d in done)
     return {
-        "tokens_per_second": sum(len(t) for d in done for t in d.texts) / sum(medians),
+        "tokens_per_second": sum(d.tokens for d in done) / sum(medians),
         "speedup": base / sum(medians),
         "speedup_iqr": spread([slow / own for slow, own in pairs]),
         "step_seconds": sum(medians) * rows / steps,

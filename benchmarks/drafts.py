@@ -36,20 +36,11 @@ from torch import Tensor
 import mtp
 from benchmarks.joint import costs
 from benchmarks.joint_measures import Measured, against, perplexity, text_nll
-from benchmarks.joint_ways import (
-    EXACT,
-    JOINT,
-    JointConfig,
-    Setting,
-    Spent,
-    Way,
-    contender,
-    fastest_depth,
-    prepare,
-)
+from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare
 from benchmarks.pictures import draft_panels
 from benchmarks.record import parse, record
-from benchmarks.timing import Turns, take_turns
+from benchmarks.timing import Turns
+from benchmarks.ways import Setting, Spent, Way, race
 from mtp.decode.drafters import BeamModel, DraftModel
 from mtp.divergence import forward_kl
 from mtp.run import find_device
@@ -149,15 +140,12 @@ def domain(config: DraftsConfig, text: str) -> dict[str, Any]:
     settings = {draft: prepare(one, device) for draft, one in asked.items()}
     sampling = asked[config.drafts[0]].sampling(config.temperature)
     first, plain = settings[config.drafts[0]], Way(EXACT, {"sampling": sampling})
-    found, of_all, depths = {PLAIN: contender(first, plain)}, dict[str, Way](), dict[str, Any]()
+    of_all = {PLAIN: (first, plain)}
     for draft, setting in settings.items():
-        found[f"{draft}, alone"] = contender(replace(setting, target=setting.draft), plain)
+        of_all[f"{draft}, alone"] = replace(setting, target=setting.draft), plain
         for kind, way in ways(config, setting, sampling).items():
-            of_all[f"{draft}, {kind}"] = way
-            depths[f"{draft}, {kind}"] = depth = fastest_depth(setting, way, config.new_tokens)
-            found[f"{draft}, {kind}"] = contender(setting, way, depth)
-    take_turns(found, first.requests[:1], min(32, config.new_tokens), 1)  # warms up
-    turns = take_turns(found, first.measured, config.new_tokens, config.rounds)
+            of_all[f"{draft}, {kind}"] = setting, way
+    turns, depths = race(of_all, config.new_tokens, config.rounds)
     base = measured(first, turns, PLAIN)
 
     def decoding(draft: str, kind: str) -> dict[str, Any]:
@@ -167,7 +155,7 @@ def domain(config: DraftsConfig, text: str) -> dict[str, Any]:
             "depth": depths[name],
             "speed": against(of_way, base, LEVEL).speed._asdict(),
             "perplexity": perplexity(of_way),
-            **costs(setting, of_all[name], turns.done[name]),
+            **costs(*of_all[name], turns.done[name]),
         }
 
     def figures(draft: str, setting: Setting) -> dict[str, Any]:

@@ -100,3 +100,9 @@ def parameters_of_head(model: Any) -> int:
     heads = model.heads.heads[1:]
     own = sum(p.numel() for head in heads for p in head.parameters())
     return own // len(heads) + model.output.weights[0].numel()
+
+
+def weight_bytes(model: Any) -> int:
+    """Of a model before it is packed; an adapter is no module but holds one."""
+    module = model if isinstance(model, torch.nn.Module) else model.model
+    return sum(p.nbytes for p in module.parameters())

@@ -46,21 +46,12 @@ import torch
 import mtp
 from benchmarks.energy import idle_watts
 from benchmarks.joint_measures import Measured, compared, distinct, front, perplexity, text_nll
-from benchmarks.joint_ways import (
-    EXACT,
-    JOINT,
-    JointConfig,
-    Setting,
-    Spent,
-    Way,
-    prepare,
-    race,
-    ways,
-)
+from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare, ways
 from benchmarks.pictures import joint_panels
 from benchmarks.record import parse, record
 from benchmarks.task_score import scores
 from benchmarks.timing import Turns
+from benchmarks.ways import Setting, Spent, Way, race
 from mtp.run import find_device
 
 LEVEL = 0.95  # of intervals
@@ -177,7 +168,8 @@ def figures(
 def points(setting: Setting, config: JointConfig, idle: float | None) -> dict[str, Any]:
     """Everything that is recorded."""
     of_all = ways(setting, config)
-    turns, depths = race(setting, of_all, config.new_tokens, config.rounds)
+    entries = {name: (setting, way) for name, way in of_all.items()}
+    turns, depths = race(entries, config.new_tokens, config.rounds)
     found, texts = measured(setting, turns)
     values: dict[str, Any] = {}
     for name, way in of_all.items():

@@ -1,43 +1,27 @@
-"""The ways to decode that `benchmarks.joint` compares, what they decode with, and their turns."""
+"""The ways to decode that `benchmarks.joint` compares, and what they decode with."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, product
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import mtp
-from benchmarks.beam_search import beam_search
-from benchmarks.energy import (
-    Counter,
-    counted,
-    energy_counter,
-    parameters_of_head,
-    parameters_of_pass,
-)
-from benchmarks.shapes import shape
 from benchmarks.tasks import TASKS, Problem
 from benchmarks.texts import rows_of
-from benchmarks.timing import Turns, take_turns
-from mtp.decode.contract import Drafter
+from benchmarks.ways import PROBED, Setting, Way, opened, opened_beside, set_up
 from mtp.decode.drafters import BeamHeads, BeamModel, DraftModel, OwnHeads
 from mtp.decode.sampling import Joint, Sampling
 from mtp.documents import DataConfig, iter_documents
-from mtp.interop.attach import load_heads
-from mtp.interop.folder import FoundModel, find_model
-from mtp.model import Transformer
+from mtp.interop.folder import FoundModel
 from mtp.run import data_of
 from mtp.train import PRECISIONS
 
 EXACT, BEAM_SEARCH, JOINT = "exact", "beam search", "joint"  # families
-PROBED = 3  # texts that warm up, and find the depth of each way
 QUICK: dict[str, Any] = {
     "temperatures": [0.0, 0.6, 1.0],
     "widths": [1, 4],
@@ -107,66 +91,30 @@ class JointConfig:
 # What decodes what.
 
 
-@dataclass(frozen=True)
-class Setting:
-    """parameters: by which a position of target, of draft and of one extra head is multiplied.
-    requests: `probed` ones, and those that are measured. problems: that those answer.
-    """
-
-    target: Any
-    draft: Any
-    parameters: dict[str, int]
-    requests: list[mtp.Request]
-    tokenizer: Any = None
-    problems: Sequence[Problem] = ()
-    counter: Counter | None = None
-    probed: int = PROBED
-
-    @property
-    def measured(self) -> list[mtp.Request]:
-        return self.requests[self.probed :]
-
-
-def opened(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, FoundModel | None]:
-    """A model that is not packed; of a shape by its name there is nothing more."""
-    if Path(where).exists():
-        found = find_model(where)
-        return found.open(device, dtype), found
-    generator = torch.Generator(device).manual_seed(0)
-    with device:
-        return Transformer(shape(where), generator).to(dtype), None
-
-
 def prepare(config: JointConfig, device: torch.device) -> Setting:
-    dtype = PRECISIONS[config.precision]
-    target, found = opened(config.model, device, dtype)
-    parameters, draft = {"target": parameters_of_pass(target)}, None
-    if config.heads:
-        target = load_heads(target, config.heads)
-    if target.extra_heads:
-        parameters["head"] = parameters_of_head(target)
-    if config.draft:
-        draft, auxiliary = opened(config.draft, device, dtype)
-        prints = [x.tokenizer.fingerprint for x in (found, auxiliary) if x is not None]
-        if len({*prints}) > 1 or draft.config.vocab_size != target.config.vocab_size:
-            raise ValueError(f"draft={config.draft!r} has another tokenizer than {config.model}")
-        parameters["draft"], draft = parameters_of_pass(draft), draft.packed()
-    if draft is None and not grows_beams(target):
+    """For joint ways: without a draft model, heads that can grow beams are needed."""
+    setting = open_setting(config, device)
+    if setting.draft is None and not grows_beams(setting.target):
         beamless = "heads that read each other's guesses, which make no beams"
-        heads = beamless if target.extra_heads else "no heads that can draft"
+        heads = beamless if setting.target.extra_heads else "no heads that can draft"
         raise ValueError(f"model={config.model!r} has {heads}: give draft=")
+    return setting
+
+
+def open_setting(config: JointConfig, device: torch.device, probed: int = PROBED) -> Setting:
+    at = device, PRECISIONS[config.precision]
+    target, found = opened(config.model, *at)
+    draft = opened_beside("draft", config.draft, target, found, *at) if config.draft else None
     if found is None and (config.text or config.task in TASKS):
         wanting = f"text={config.text!r}" if config.text else f"task={config.task}"
         raise ValueError(f"model={config.model!r} has random weights: {wanting} wants trained ones")
-    count = PROBED + config.prompts
+    count = probed + config.prompts
     problems = problems_of(config, count)
     prompts = list(prompts_of(config, found, problems, target.config.vocab_size, count))
     stop = mtp.stop_at(*found.ends) if found else None
     requests = [mtp.Request(p, config.new_tokens, i, stop) for i, p in enumerate(prompts)]
-    return Setting(
-        *(target.packed(), draft, parameters, requests, found and found.tokenizer),
-        *(problems[PROBED:], energy_counter(device)),
-    )
+    tokenizer = found and found.tokenizer
+    return set_up(target, draft, config.heads, requests, tokenizer, problems, probed)
 
 
 def grows_beams(target: Any) -> bool:
@@ -182,7 +130,7 @@ def problems_of(config: JointConfig, count: int) -> list[Problem]:
     if len(found) < count:
         raise ValueError(
             f"prompts={config.prompts}: task={config.task} has {len(found)} held-out problems, "
-            f"{PROBED} of which warm up"
+            f"{count - config.prompts} of which warm up"
         )
     return found
 
@@ -207,20 +155,6 @@ def prompts_of(
     else:
         documents = iter_documents(data_of(config.model), held_out=True)
     return iter(rows_of(documents, found.tokenizer, *size))
-
-
-@dataclass(frozen=True)
-class Way:
-    """words: of `generate`, but for the drafter, which `drafter` makes for a depth; `guesses` says
-    what it calls in order to guess. width: of a beam search, which has no more.
-    """
-
-    family: str
-    words: dict[str, Any]
-    drafter: Callable[[int], Drafter] | None = None
-    depths: tuple[int, ...] = ()
-    guesses: tuple[Any, str] | None = None
-    width: int | None = None
 
 
 def ways(setting: Setting, config: JointConfig) -> dict[str, Way]:
@@ -272,82 +206,3 @@ def joint_ways(setting: Setting, config: JointConfig) -> dict[str, Way]:
             of_heads = partial(BeamHeads, width=width)
             found[f"MTAD of heads, {at}"] = Way(JOINT, words, of_heads, **by_heads)
     return found
-
-
-# Decoding.
-
-
-class Spent(NamedTuple):
-    """On one text. passes, positions: of the target, with the prompt's; guess_...: of what drafts.
-    joules: None where nothing counts them.
-    """
-
-    text: list[int]
-    passes: int
-    positions: int
-    guess_passes: int
-    guess_positions: int
-    joules: float | None
-
-
-Contender = Callable[[mtp.Request, int], Spent]
-
-
-def contender(setting: Setting, way: Way, depth: int | None = None) -> Contender:
-    if way.width is not None:
-        search = partial(beam_search, width=way.width, sampling=way.words["sampling"])
-        return partial(decode, setting, way, lambda request: search(setting.target, request))
-    drafter = way.drafter and depth and way.drafter(depth)
-
-    def text(request: mtp.Request) -> list[int]:
-        words = way.words | {"drafter": drafter or None}
-        return mtp.generate(setting.target, [request], batch_size=1, **words)[0].tokens
-
-    return partial(decode, setting, way, text)
-
-
-def decode(
-    setting: Setting,
-    way: Way,
-    text: Callable[[mtp.Request], list[int]],
-    request: mtp.Request,
-    new: int,
-) -> Spent:
-    guesses = counted(*way.guesses) if way.guesses else nullcontext()
-    before = setting.counter and setting.counter()
-    with counted(setting.target) as reads, guesses as guessed:
-        found = text(replace(request, max_new_tokens=new))
-    joules = None if before is None or not setting.counter else setting.counter() - before
-    guess_work = (guessed.passes, guessed.positions) if guessed else (0, 0)
-    return Spent(found, reads.passes, reads.positions, *guess_work, joules)
-
-
-def fastest_depth(setting: Setting, way: Way, new: int) -> int | None:
-    """On texts that are not measured; None where nothing drafts."""
-
-    some = setting.requests[: min(PROBED, setting.probed)]
-
-    def pace(depth: int) -> float:
-        decoder = contender(setting, way, depth)
-        decoder(some[0], min(8, new))  # warms up
-        started = time.perf_counter()
-        tokens = sum(len(decoder(request, new).text) for request in some)
-        return tokens / (time.perf_counter() - started)
-
-    if len(way.depths) < 2:
-        return way.depths[0] if way.depths else None
-    return max(way.depths, key=pace)
-
-
-def race(
-    setting: Setting,
-    of_all: Mapping[str, Way],
-    new: int,
-    rounds: int,
-    tell: Callable[[int, int], object] = lambda taken, of: None,
-) -> tuple[Turns[Spent], dict[str, int | None]]:
-    """Turns, and the depth of each way. tell: as `take_turns` says."""
-    depths = {name: fastest_depth(setting, way, new) for name, way in of_all.items()}
-    contenders = {name: contender(setting, way, depths[name]) for name, way in of_all.items()}
-    take_turns(contenders, setting.requests[:1], min(32, new), 1)  # warms up
-    return take_turns(contenders, setting.measured, new, rounds, tell), depths

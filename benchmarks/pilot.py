@@ -3,7 +3,7 @@
 
 The first half of the prompts chooses: how many guesses each way makes, and the threshold of joint
 decoding, by `mtp.decode.joint.calibrate`. The other half is measured: every way decodes every text
-in turns, in one process, at batch 1, with the machinery of `benchmarks.joint_ways`. Intervals are
+in turns, in one process, at batch 1, with the machinery of `benchmarks.ways`. Intervals are
 over prompts (bootstrap, pairs kept) and hold for all ways together.
 """
 
@@ -19,8 +19,7 @@ import torch
 
 from benchmarks.energy import idle_watts
 from benchmarks.joint import figures, measured
-from benchmarks.joint_measures import against
-from benchmarks.joint_ways import PROBED, Spent, Way, contender, race
+from benchmarks.joint_measures import Measured, against
 from benchmarks.pilot_ways import (
     FEWEST,
     LOSSY,
@@ -36,6 +35,7 @@ from benchmarks.pilot_ways import (
     prepare,
 )
 from benchmarks.timing import Turns, fastest_threads, seconds
+from benchmarks.ways import PROBED, Spent, Way, contender, race
 from mtp.decode.joint import THRESHOLDS, Calibrated, calibrate
 from mtp.run import find_device
 
@@ -153,28 +153,42 @@ def decoders(
     idle: float | None,
 ) -> dict[str, dict[str, Any]]:
     """Everything that is recorded of each way."""
-    setting = ready.setting
-    nats, texts = measured(setting, turns)
-    by, values = nats["perplexity"], {}
-    level = 1 - (1 - LEVEL) / max(1, len(of_all) - 1)  # Bonferroni
+    nats, texts = measured(ready.setting, turns)
+    values = {}
     for name, way in of_all.items():
-        pair = against(by[name], by[PLAIN], level)
-        found = {
-            "kind": way.family,
-            "rule": way.words.get("rule", "match"),
-            "threshold": way.words.get("threshold"),
+        found = beside_plain(name, way, nats["perplexity"], texts, len(of_all))
+        found |= {
             "guesses": depths[name],
-            "speedup": pair.speed._asdict(),
-            "loss_rise": pair.loss._asdict(),
-            "identical": mean(a == b for a, b in zip(texts[name], texts[PLAIN], strict=True)),
             "memory_bytes": memory_bytes(ready, way, depths[name]),
-            **figures(setting, way, by[name], turns, name, idle),
+            **figures(ready.setting, way, nats["perplexity"][name], turns, name, idle),
             **score(ready, texts[name]),
         }
         if name != PLAIN:
             found["go"], found["reason"] = verdict(found, budget)
         values[name] = found
     return values
+
+
+def beside_plain(
+    name: str,
+    way: Way,
+    by: Mapping[str, Measured],
+    texts: Mapping[str, Sequence[list[int]]],
+    ways: int,
+    plain: str = PLAIN,
+) -> dict[str, Any]:
+    """What a way is, and how it does against plain decoding, in intervals that hold for all `ways`
+    together (Bonferroni). by: in nats. plain: whose texts it is to write.
+    """
+    pair = against(by[name], by[PLAIN], 1 - (1 - LEVEL) / max(1, ways - 1))
+    return {
+        "kind": way.family,
+        "rule": way.words.get("rule", "match"),
+        "threshold": way.words.get("threshold"),
+        "speedup": pair.speed._asdict(),
+        "loss_rise": pair.loss._asdict(),
+        "identical": mean(a == b for a, b in zip(texts[name], texts[plain], strict=True)),
+    }
 
 
 def score(ready: Ready, texts: Sequence[list[int]]) -> dict[str, Any]:
@@ -218,7 +232,8 @@ def pilot(config: PilotConfig, cases: Sequence[Case], say: Say, tell: Tell) -> d
     for name, best in found.items():
         say(f"{name}: threshold {best.threshold:g}, within the budget")
     of_all = exact_ways(ready, config.sampling) | joint
-    turns, depths = race(ready.setting, of_all, config.new_tokens, config.rounds, tell)
+    entries = {name: (ready.setting, way) for name, way in of_all.items()}
+    turns, depths = race(entries, config.new_tokens, config.rounds, tell)
     values = decoders(ready, of_all, turns, depths, config.budget, idle)
     return {
         "answer": answer(values),

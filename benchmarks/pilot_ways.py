@@ -10,11 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 import mtp
-from benchmarks.energy import energy_counter, parameters_of_head, parameters_of_pass
-from benchmarks.joint_ways import Setting, Way
+from benchmarks.ways import Setting, Way, set_up
 from mtp.data import chat_template
 from mtp.decode.contract import Drafter, NoDraft
 from mtp.decode.drafters import (
@@ -25,10 +22,9 @@ from mtp.decode.drafters import (
     OwnHeads,
     PromptLookup,
 )
-from mtp.decode.loop import cache_bytes, check_request
+from mtp.decode.loop import cache_bytes
 from mtp.decode.sampling import Sampling
 from mtp.evaluate.scores import rouge_l, words
-from mtp.interop.attach import load_heads
 from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
 from mtp.train import PRECISIONS
@@ -96,14 +92,13 @@ class Case(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """What decodes what. cases: one for each request. weights: bytes of target and draft. heads:
-    what to call the target's.
+    """What decodes what. heads: what to call the target's. cases: one for each request, where texts
+    are scored by them.
     """
 
     setting: Setting
-    cases: list[Case]
-    weights: dict[str, int]
     heads: str
+    cases: Sequence[Case] = ()
 
     def some(self, count: int) -> Ready:
         """`count` of the prompts, from all of the file; the first half to choose by."""
@@ -129,23 +124,9 @@ def prepare(config: PilotConfig, cases: Sequence[Case]) -> Ready:
     requests = requests_of(config, cases, found)
     device, dtype = find_device(config.device), PRECISIONS[config.precision]
     target, draft = found.open(device, dtype), auxiliary and auxiliary.open(device, dtype)
-    parameters = {"target": parameters_of_pass(target)}
-    if config.heads:
-        target = load_heads(target, config.heads)
-    weights = {"target": weight_bytes(target)}
-    if target.extra_heads:
-        parameters["head"] = parameters_of_head(target)
-    if draft is not None:
-        parameters["draft"], weights["draft"] = parameters_of_pass(draft), weight_bytes(draft)
-    for model in filter(None, (target, draft)):
-        for i, request in enumerate(requests):
-            check_request(model, i, request)
-    setting = Setting(
-        *(target.packed(), draft and draft.packed(), parameters, requests, found.tokenizer),
-        counter=energy_counter(device),
-        probed=len(requests) // 2,
-    )
-    return Ready(setting, list(cases), weights, "attached heads" if config.heads else "own heads")
+    half = len(requests) // 2
+    setting = set_up(target, draft, config.heads, requests, found.tokenizer, probed=half)
+    return Ready(setting, "attached heads" if config.heads else "own heads", list(cases))
 
 
 def requests_of(config: PilotConfig, cases: Sequence[Case], found: FoundModel) -> list[mtp.Request]:
@@ -157,12 +138,6 @@ def requests_of(config: PilotConfig, cases: Sequence[Case], found: FoundModel) -
         mtp.Request(found.tokenizer.encode(text), config.new_tokens, seed, stop)
         for seed, text in enumerate(texts)
     ]
-
-
-def weight_bytes(model: Any) -> int:
-    """Of a model before it is packed; an adapter is no module but holds one."""
-    module = model if isinstance(model, torch.nn.Module) else model.model
-    return sum(p.nbytes for p in module.parameters())
 
 
 # Ways to decode.
@@ -208,18 +183,23 @@ def chains(ready: Ready) -> dict[str, Guessing]:
     return found
 
 
-def beams(ready: Ready, sampling: Sampling) -> dict[str, Guessing]:
-    """For joint decoding; none for a greedy text, which is one."""
+def beams(ready: Ready, sampling: Sampling, whole: bool = False) -> dict[str, Guessing]:
+    """For joint decoding; none for a greedy text, which is one. whole: the draft model's as a tree
+    too.
+    """
     target, draft, found = ready.setting.target, ready.setting.draft, dict[str, Guessing]()
     if not sampling.temperature:
         return found
     if (most := target.extra_heads) and not target.reads_ahead:
         depths = tuple(sorted({-(-most // 2), most}))
         of_heads = partial(BeamHeads, width=WIDTH)
-        found[f"joint, {ready.heads}"] = Guessing(of_heads, depths, (target, "guess"))
+        found[f"MTAD, {ready.heads}"] = Guessing(of_heads, depths, (target, "guess"))
     if draft is not None:
         of_model = partial(BeamModel, draft, width=WIDTH)
-        found["joint, draft model"] = Guessing(of_model, BEAM, (draft, "read"))
+        found["MTAD, draft model"] = Guessing(of_model, BEAM, (draft, "read"))
+        if whole:
+            tree = partial(of_model, whole=True)
+            found["MMTAD, draft model"] = Guessing(tree, BEAM, (draft, "read"))
     return found
 
 
@@ -244,14 +224,15 @@ def left_out(ready: Ready, sampling: Sampling) -> dict[str, str]:
     return found
 
 
-def memory_bytes(ready: Ready, way: Way, depth: int | None) -> int:
-    """Counted, not measured: weights, and caches for the longest of these texts alone."""
+def memory_bytes(ready: Ready, way: Way, depth: int | None, rows: int = 1) -> int:
+    """Counted, not measured: weights, and caches for `rows` texts, the longest of these."""
     target, draft = ready.setting.target, ready.setting.draft
     drafter = way.drafter(depth) if way.drafter and depth else NoDraft()
     drafter.attach(target)
     longest = max(len(r.prompt) + r.max_new_tokens for r in ready.setting.requests)
     slots = longest + 1 + drafter.nodes
-    held = ready.weights["target"] + cache_bytes(target, 1, slots, drafter.needs_memo)
+    weights = ready.setting.weights
+    held = weights["target"] + cache_bytes(target, rows, slots, drafter.needs_memo)
     if way.guesses and way.guesses[0] is draft:
-        held += ready.weights["draft"] + cache_bytes(draft, 1, slots, False)
+        held += weights["draft"] + cache_bytes(draft, rows, slots, False)
     return held

@@ -7,8 +7,8 @@ Letters: T positions, N future tokens, V vocabulary; P positions in a row, K gue
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import combinations
-from typing import NamedTuple
+from itertools import combinations, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,17 +100,21 @@ class OnText(NamedTuple):
 
 @torch.inference_mode()
 def on_text(
-    model: Transformer,
+    model: Any,
     rows: Sequence[Sequence[int]],
     nodes: int,
     vocabulary: Tensor | None = None,
+    begins: Iterable[int] = repeat(0),
 ) -> OnText:
-    """vocabulary: the only ids that are guessed, as in `OwnHeads`."""
-    n, positions = model.config.n_future_tokens, 0
+    """model: a `Transformer`, or `AttachedHeads`. vocabulary: the only ids that are guessed, as in
+    `OwnHeads`. begins: the first position of each row that counts.
+    """
+    n, positions = 1 + model.extra_heads, 0
     in_chain, in_tree = torch.zeros(2, n - 1)
-    for row in rows:  # one by one: all heads' logits are large
-        tokens = torch.tensor([list(row)], device=model.embedding.weight.device)
-        logits_TNV = model(tokens, return_all_heads=True)[0]
+    for row, begin in zip(rows, begins, strict=False):  # one by one: all heads' logits are large
+        padded = [*row, *[0] * n]  # scores are of all but the last n tokens
+        tokens = torch.tensor([padded], device=model.embedding.weight.device)
+        logits_TNV = model(tokens, score=_all_logits)[0, begin:]
         if vocabulary is not None:
             kept = logits_TNV[:, 1:, vocabulary]
             logits_TNV[:, 1:] = float("-inf")
@@ -125,6 +129,31 @@ def on_text(
         in_tree += (path_length(draft, wanted)[:, None] >= depth).sum(0).cpu()
         positions += span
     return OnText((in_chain / positions).tolist(), (in_tree / positions).tolist())
+
+
+def _all_logits(
+    fns: Sequence[Any], inputs: Sequence[Tensor], weights: Sequence[Tensor], params: Any
+) -> Tensor:
+    """A score: (B, T, N, V)."""
+    latents = [fn(inputs[i % len(inputs)]) for i, fn in enumerate(fns)]
+    return torch.stack([x @ weights[i % len(weights)].T for i, x in enumerate(latents)], 2)
+
+
+@torch.inference_mode()
+def draft_on_text(
+    model: Any, draft: Any, rows: Sequence[Sequence[int]], depth: int, begins: Iterable[int]
+) -> list[float]:
+    """As `OnText.chain`, of a draft model that makes `depth` guesses. models: ids (1, T) -> logits
+    (1, T, V).
+    """
+    stand, positions = torch.zeros(depth), 0
+    for row, begin in zip(rows, begins, strict=False):
+        tokens = torch.tensor([list(row)], device=model.embedding.weight.device)
+        own, guess = (m(tokens)[0, begin:].argmax(-1) for m in (model, draft))
+        found = (own == guess)[1:].double().unfold(0, depth, 1).cumprod(-1)
+        stand += found.sum(0).cpu()
+        positions += len(found)
+    return (stand / positions).tolist()
 
 
 def coverage(rows: Sequence[Sequence[int]], ids: Tensor, ahead: int) -> list[float]:

@@ -12,7 +12,7 @@ from conftest import tiny
 import mtp
 from benchmarks import drafts
 from benchmarks.drafts import DraftsConfig, agreement, drift
-from benchmarks.joint_ways import PROBED, Setting
+from benchmarks.ways import PROBED, Setting
 from mtp.tokenizer import ByteTokenizer
 
 

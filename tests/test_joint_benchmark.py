@@ -17,18 +17,9 @@ from benchmarks import energy, joint
 from benchmarks.beam_search import beam_search
 from benchmarks.joint import costs, losses
 from benchmarks.joint import energy as energy_figures
-from benchmarks.joint_ways import (
-    PROBED,
-    JointConfig,
-    Setting,
-    Spent,
-    Way,
-    contender,
-    fastest_depth,
-    prepare,
-    ways,
-)
+from benchmarks.joint_ways import JointConfig, prepare, ways
 from benchmarks.tasks import TASKS, Problem
+from benchmarks.ways import PROBED, Setting, Spent, Way, contender, fastest_depth
 from mtp.decode.joint import block_law
 from mtp.tokenizer import ByteTokenizer
 
@@ -262,11 +253,11 @@ def test_the_depth_that_was_fastest_before_is_taken(monkeypatch):
         def decoder(request, new):
             now[0] += {2: 3.0, 4: 1.0, 8: 2.0}[depth]
             seen.append(request)
-            return SimpleNamespace(text=[0] * new)
+            return SimpleNamespace(tokens=new)
 
         return decoder
 
-    monkeypatch.setattr("benchmarks.joint_ways.contender", fake)
+    monkeypatch.setattr("benchmarks.ways.contender", fake)
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     setting = a_setting()
     way = ways(setting, replace(TOY, depths=[2, 4, 8]))["MTAD, width 2, 0.5"]
@@ -332,7 +323,7 @@ def test_random_weights_and_held_out_text_will_do_too(folder, monkeypatch):
     few = {"temperatures": [0.0], "widths": [2], "name": str(folder / "few"), "prompts": 1}
     held_out = joint.run(toy(folder, **few))
     assert held_out["best_exact"]["perplexity"] > 1 and "score" not in held_out["best_exact"]
-    monkeypatch.setattr("benchmarks.joint_ways.shape", lambda name: tiny().config)
+    monkeypatch.setattr("benchmarks.ways.shape", lambda name: tiny().config)
     joint.run(toy(folder, **few, model="toy", draft="toy"))
     assert json.loads((folder / "few.json").read_text())["values"]["random_weights"] is True
 
@@ -375,7 +366,7 @@ def test_models_that_do_not_fit_are_refused(folder, monkeypatch):
     device = torch.device("cpu")
     with pytest.raises(ValueError, match="has no heads that can draft: give draft="):
         prepare(toy(folder, model=str(folder / "draft"), draft=""), device)
-    monkeypatch.setattr("benchmarks.joint_ways.shape", lambda name: tiny("sequential").config)
+    monkeypatch.setattr("benchmarks.ways.shape", lambda name: tiny("sequential").config)
     with pytest.raises(ValueError, match="has heads that read each other's .*: give draft="):
         prepare(toy(folder, model="toy", draft=""), device)
     with pytest.raises(ValueError, match="draft='toy' has another tokenizer than"):

@@ -16,10 +16,10 @@ from conftest import DATA, tiny
 import mtp
 from benchmarks import pilot as engine
 from benchmarks import pilot_ways
-from benchmarks.joint_ways import Setting, contender
 from benchmarks.pilot import Cost, verdict
 from benchmarks.pilot_page import at, pilot_markdown, pilot_page
 from benchmarks.pilot_ways import LOSSY, SAME_LAW, SAME_TEXT, Case, PilotConfig, Ready
+from benchmarks.ways import Setting, contender
 from mtp.interop.attach import attach_heads, save_heads
 from mtp.interop.llama import load_llama
 from mtp.tokenizer import ByteTokenizer
@@ -95,7 +95,7 @@ def test_every_way_that_fits_is_tried_and_says_how_exact_it_is(record):
     laws = {n for n, kind in kinds.items() if kind == SAME_LAW}
     assert laws == {"own heads, chain, rule block", "draft model, rule block"}
     assert {n for n, kind in kinds.items() if kind == LOSSY} == {
-        *("joint, own heads", "joint, draft model"),
+        *("MTAD, own heads", "MTAD, draft model"),
     }
     assert record["values"]["left_out"] == {}
 
@@ -124,12 +124,12 @@ def test_thresholds_are_chosen_on_one_half_and_checked_on_the_other(models, prom
     ready = engine.prepare(config, cases).some(16)
     ways, found, refused = engine.calibrated(ready, config)
     assert seen == [PROMPTS, PROMPTS] and not ways and not found
-    assert refused == dict.fromkeys(("joint, own heads", "joint, draft model"), "none keeps to it")
+    assert refused == dict.fromkeys(("MTAD, own heads", "MTAD, draft model"), "none keeps to it")
 
 
 def test_what_does_not_fit_is_left_out_with_a_reason():
     model = tiny(n_future_tokens=1)
-    ready = Ready(Setting(model, None, {}, []), [], {}, "own heads")
+    ready = Ready(Setting(model, None, {}, []), "own heads")
     greedy = mtp.Sampling(0)
     assert engine.left_out(ready, greedy).keys() == {"own heads", "draft model", "joint"}
     assert {*engine.exact_ways(ready, greedy)} == {
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_left_out_with_a_reason():
     }
     assert "greedy" in engine.left_out(ready, greedy)["joint"]
     assert "another model" in engine.left_out(ready, SAMPLED)["joint"]
-    chained = Ready(Setting(tiny("sequential"), None, {}, []), [], {}, "own heads")
+    chained = Ready(Setting(tiny("sequential"), None, {}, []), "own heads")
     assert "own heads, tree" not in engine.exact_ways(chained, greedy)
     assert "one chain" in engine.left_out(chained, greedy)["own heads, tree"]
 
