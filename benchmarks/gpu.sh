@@ -9,6 +9,8 @@
 #     benchmarks/gpu.sh joint      # joint and exact decoding, with joules (pip install nvidia-ml-py): 1.3B,
 #                                  # random weights, for what a pass costs: no guess stands
 #     RUN=runs/sql DRAFT=runs/small benchmarks/gpu.sh joint   # trained models too, for what a token costs
+#     RUN=runs/sql DRAFT=runs/small CONSISTENCY=runs/consistency TASK=sql benchmarks/gpu.sh decoders
+#                                  # every decoder in one table; all but RUN may be left out
 #     SQL=runs/sql benchmarks/gpu.sh consistency   # a run of text to SQL, of any size: an hour
 #     benchmarks/gpu.sh studies    # grids of training runs, wider than a CPU's: hours; the same command
 #                                  # goes on where it was stopped
@@ -70,6 +72,11 @@ for what in ${@:-train decode}; do
                 "draft=${DRAFT:-}" prompts=16 rounds=2 'temperatures=[0.0,0.5,1.0]' 'widths=[1,4]' \
                 'thresholds=[0.1,0.5,0.9]' 'depths=[4]'
             ;;
+        decoders)
+            part "decoders_${gpu}_$(basename "${RUN:?names a run}")" 3600 benchmarks.decoders device=cuda \
+                precision=bfloat16 "model=$RUN" "draft=${DRAFT:-}" "consistency=${CONSISTENCY:-}" \
+                "heads=${HEADS:-}" "task=${TASK:-text}"
+            ;;
         consistency)
             part "consistency_${gpu}_$(basename "${SQL:?names a run of text to SQL}")" 3600 benchmarks.consistency \
                 device=cuda "base=$SQL" "out=${SQL}_consistency_gpu" precision=bfloat16 prompts=20000 steps=3000 \
@@ -101,6 +108,10 @@ for what in ${@:-train decode}; do
             part "joint_${gpu}_1m" 120 benchmarks.joint model=1m draft=1m prompts=1 prompt_tokens=8 \
                 new_tokens=8 rounds=1 'temperatures=[0.0,1.0]' 'widths=[1,2]' 'thresholds=[0.5]' 'depths=[2]'
             ;;
+        "quick decoders")
+            part "decoders_${gpu}_1m" 120 benchmarks.decoders model=1m draft=1m consistency=1m prompts=2 \
+                prompt_tokens=8 new_tokens=8 rounds=1 batch=2
+            ;;
         "quick studies")
             part "science_sizes_$gpu" 600 benchmarks.science study=sizes quick=true \
                 'words=["train.steps=2","train.eval_every=0","train.eval_batches=1"]'
@@ -114,7 +125,7 @@ for what in ${@:-train decode}; do
                 'words=["train.steps=4","train.eval_batches=1","train.batch_size=2"]'
             ;;
         *)
-            echo "error: $what is unknown: allowed are train, decode, joint, consistency, studies, retrofit, choose_n" >&2
+            echo "error: $what is unknown: allowed are train, decode, joint, decoders, consistency, studies, retrofit, choose_n" >&2
             exit 1
             ;;
     esac

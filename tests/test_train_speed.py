@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import train_speed
 from benchmarks.decode import DecodeConfig
+from benchmarks.decoders import DecodersConfig
 from benchmarks.joint_ways import JointConfig
 from benchmarks.record import parse
 from benchmarks.science import STUDIES, ScienceConfig
@@ -268,6 +269,24 @@ def test_the_gpu_script_decodes_too(environment, models, tmp_path):
     assert sum(int(limit) for limit, *_ in parts) < 600
     assert {module for _, _, _, module, *_ in parts} == {"benchmarks.decode"}
     assert [parse(DecodeConfig, words).model for _, _, _, _, *words in parts] == models
+
+
+@pytest.mark.parametrize(
+    ("environment", "models"),
+    [
+        ({"RUN": "runs/sql", "TASK": "sql"}, ("runs/sql", "", "")),
+        ({"RUN": "runs/sql", "DRAFT": "a", "CONSISTENCY": "b"}, ("runs/sql", "a", "b")),
+        ({"QUICK": "1"}, ("1m", "1m", "1m")),
+    ],
+)
+def test_the_gpu_script_compares_all_decoders(environment, models, tmp_path):
+    command(tmp_path / "timeout", 'echo "${@:3}"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_script(tmp_path, "echo some_gpu", "decoders", PATH=path, **environment)
+    _, _, _, module, *words = done.stdout.splitlines()[-1].split(": ")[1].split()
+    config = parse(DecodersConfig, words)
+    assert module == "benchmarks.decoders" and config.task == environment.get("TASK", "text")
+    assert (config.model, config.draft, config.consistency) == models
 
 
 def test_the_gpu_script_wants_a_gpu(tmp_path):
