@@ -36,8 +36,8 @@ from torch import Tensor
 import mtp
 from benchmarks.joint import costs
 from benchmarks.joint_measures import Measured, against, perplexity, text_nll
+from benchmarks.joint_pictures import draft_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare
-from benchmarks.pictures import draft_panels
 from benchmarks.record import parse, record
 from benchmarks.timing import Turns
 from benchmarks.ways import Setting, Spent, Way, race

@@ -46,8 +46,8 @@ import torch
 import mtp
 from benchmarks.energy import idle_watts
 from benchmarks.joint_measures import Measured, compared, distinct, front, perplexity, text_nll
+from benchmarks.joint_pictures import joint_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare, ways
-from benchmarks.pictures import joint_panels
 from benchmarks.record import parse, record
 from benchmarks.task_score import scores
 from benchmarks.timing import Turns
