@@ -233,7 +233,7 @@ def test_every_shipped_file_composes_into_runs(name, tmp_path, monkeypatch):
         ({"settings": {"a": {"metrics": ["bits"], "words": ["train.seed=1"]}}}, "is set here"),
         (
             {"settings": {"a": {"metrics": ["bits"], "words": [*TOY, "train.max_seconds=9"]}}},
-            "max_",
+            "a: train.max_seconds: runs are equal in operations",
         ),
         (
             {"settings": {"a": {"metrics": ["accuracy"], "words": ["data=stdlib"]}}},
