@@ -82,10 +82,10 @@ def set_up(
     attached to the target. problems: of all requests. Requests that do not fit into one of the
     contexts are refused.
     """
-    parameters = {"target": parameters_of_pass(target)}
+    parameters, weights = {"target": parameters_of_pass(target)}, {"target": weight_bytes(target)}
     if heads:
         target = load_heads(target, heads)
-    weights = {"target": weight_bytes(target)}
+        weights["target"] += weight_bytes(target)  # the trunk's are none of its own
     if target.extra_heads:
         parameters["head"] = parameters_of_head(target)
     if draft is not None:
@@ -154,14 +154,12 @@ Contender = Callable[[mtp.Request, int], Spent]
 
 
 def contender(setting: Setting, way: Way, depth: int | None = None) -> Contender:
-    if way.width is not None:
-        search = partial(beam_search, width=way.width, sampling=way.words["sampling"])
-        found = lambda request: mtp.Completion(search(setting.target, request))  # noqa: E731
-        return partial(decode, setting, way, found)
-    words = way.at(depth)
+    words, target = way.at(depth), setting.target
 
     def complete(request: mtp.Request) -> mtp.Completion:
-        return mtp.generate(setting.target, [request], batch_size=1, **words)[0]
+        if way.width is not None:
+            return mtp.Completion(beam_search(target, request, way.width, words["sampling"]))
+        return mtp.generate(target, [request], batch_size=1, **words)[0]
 
     return partial(decode, setting, way, complete)
 

@@ -123,7 +123,8 @@ class AttachedHeads(nn.Module):
         n = self.n_future_tokens
         h = self.states(row[:, :-n]) if states is None else states.to(self.embedding.weight.dtype)
         rotation = self._rotation(torch.arange(h.shape[1], device=h.device))
-        dtype, embedded = next(self.parameters()).dtype, self.embedding(row).detach()
+        weight = self.embedding.weight  # packed heads may have no parameters
+        dtype, embedded = next(self.parameters(), weight).dtype, self.embedding(row).detach()
         first, memo = self.heads.next(h.to(dtype), rotation, None, ())
         rest = self.heads.rest(
             memo, lambda j: embedded[:, j : j + h.shape[1]].to(dtype), rotation, None, (), n
