@@ -31,7 +31,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # keys in the cache would be those of a shorter text
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: a Trainer writes into the config of what it trains
 class Sizes:
     """What decoding asks of a model's config."""
 
