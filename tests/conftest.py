@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from mtp.heads import HEADS
 from mtp.model import ModelConfig, Transformer
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = tuple(HEADS)
 BLOCK_KINDS = tuple(kind for kind in KINDS if HEADS[kind].takes_blocks)
 # Shared evaluation data; tests that want it skip without.
@@ -23,6 +27,26 @@ torch.set_num_threads(1)
 def device() -> torch.device:
     """MTP_TEST_DEVICE=cuda runs the same suite on a GPU."""
     return torch.device(os.environ.get("MTP_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script as `python scripts/NAME.py WORDS` does, in this process; -> stdout, stderr."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    threads = torch.get_num_threads()
+
+    def call(name, *words):
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *words])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr()
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # scripts set it; this takes it back
+    yield call
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    torch.set_num_threads(threads)
 
 
 def tiny(

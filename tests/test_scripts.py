@@ -1,9 +1,7 @@
 """The commands: they run from a shell, end in files and texts, and fail in one line."""
 
 import json
-import logging
 import os
-import runpy
 import subprocess
 import sys
 from functools import partial
@@ -41,26 +39,6 @@ def texts(tmp_path_factory):
         line = f"def {name}(self, x): return {name}.x + 1\n"
         (folder / f"{name}.txt").write_text(line * 20)
     return [f"data.path={folder}", "data.source=text", "data.holdout=[held]"]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a script as `python scripts/NAME.py WORDS` does, in this process; -> stdout, stderr."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    threads = torch.get_num_threads()
-
-    def call(name, *words):
-        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *words])
-        capsys.readouterr()
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
-        return capsys.readouterr()
-
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # scripts set it; this takes it back
-    yield call
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    torch.set_num_threads(threads)
 
 
 def shell(name, *words):
