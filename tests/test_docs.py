@@ -160,5 +160,6 @@ def test_the_site_is_built_without_warnings_and_stands_alone(tmp_path: Path) -> 
                 continue
             target = (page.parent / path).resolve() if path else page
             assert target.is_file(), (page, link)
-            if spot and target in found:
+            ours = site / "api" not in page.parents  # the tool may name what is torch's
+            if spot and ours and target in found:
                 assert spot in found[target].places, (page, link)
