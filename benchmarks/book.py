@@ -85,7 +85,8 @@ def of_consistency(v: Values, task: str = "text to SQL") -> str:
 def of_joint(v: Values) -> str:
     joint, exact = v["best_mtad_at_no_worse_quality"], v["best_exact"]
     above = ", ".join(v["above_exact_curve"]) or "nowhere"
-    lies = f"{v['parameters']['target'] / 1e6:.0f}M parameters a token, above the curve of exact ways {above}"
+    size = f"{v['parameters']['target'] / 1e6:.0f}M parameters a token"
+    lies = f"{size}, above the curve of exact ways {above}"
     if joint is None:
         return f"{lies}; none is as good as {exact['name']}"
     return (
