@@ -107,12 +107,8 @@ def is_remedied(v: Values) -> bool:
         size = one["parameters"]
         return one["acceptance"] == max(f["acceptance"] for f in drafts if f["parameters"] == size)
 
-    return all(
-        best_of_its_size(draft, other)
-        for other in others
-        for draft, drift in v["drift"].items()
-        if drift[other] > 1
-    )
+    at_home = [(draft, x) for draft, of in v["drift"].items() for x in others if of[x] > 1]
+    return bool(at_home) and all(best_of_its_size(*pair) for pair in at_home)
 
 
 def of_drafts(v: Values) -> str:
