@@ -26,21 +26,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import mtp
-from benchmarks.joint import costs
-from benchmarks.joint_measures import Measured, against, perplexity, text_nll
+from benchmarks.joint import figures as way_figures
+from benchmarks.joint import measured
+from benchmarks.joint_measures import against, perplexity
 from benchmarks.joint_pictures import draft_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare
 from benchmarks.record import parse, record
-from benchmarks.timing import Turns
-from benchmarks.ways import Setting, Spent, Way, race
+from benchmarks.ways import Setting, Way, race
 from mtp.decode.drafters import BeamModel, DraftModel
 from mtp.divergence import forward_kl
 from mtp.run import find_device
@@ -124,15 +122,6 @@ def agreement(
     }
 
 
-def measured(setting: Setting, turns: Turns[Spent], name: str) -> Measured:
-    """A way's nats, tokens and seconds over the prompts; its nats are the target's."""
-    texts = [spent.text for spent in turns.done[name]]
-    pairs = zip(setting.measured, texts, strict=True)
-    nats = np.array([text_nll(setting.target, request.prompt, text) for request, text in pairs])
-    tokens = np.array([len(text) for text in texts])
-    return Measured(nats, tokens, tokens, np.array([median(x) for x in turns.took[name]]))
-
-
 def domain(config: DraftsConfig, text: str) -> dict[str, Any]:
     """Draft -> its figures on this text."""
     asked = {draft: config.setting(draft, text) for draft in config.drafts}
@@ -146,23 +135,21 @@ def domain(config: DraftsConfig, text: str) -> dict[str, Any]:
         for kind, way in ways(config, setting, sampling).items():
             of_all[f"{draft}, {kind}"] = setting, way
     turns, depths = race(of_all, config.new_tokens, config.rounds)
-    base = measured(first, turns, PLAIN)
+    found = measured(first, turns)[0]["perplexity"]  # the target is the same in all settings
+    base = found[PLAIN]
 
     def decoding(draft: str, kind: str) -> dict[str, Any]:
-        name, setting = f"{draft}, {kind}", settings[draft]
-        of_way = measured(setting, turns, name)
+        name = f"{draft}, {kind}"
         return {
             "depth": depths[name],
-            "speed": against(of_way, base, LEVEL).speed._asdict(),
-            "perplexity": perplexity(of_way),
-            **costs(*of_all[name], turns.done[name]),
+            "speed": against(found[name], base, LEVEL).speed._asdict(),
+            **way_figures(*of_all[name], found[name], turns, name, None),
         }
 
     def figures(draft: str, setting: Setting) -> dict[str, Any]:
-        alone = measured(setting, turns, f"{draft}, alone")
         return {
             **agreement(setting, sampling, [spent.text for spent in turns.done[PLAIN]]),
-            "cost": alone.point[1] / base.point[1],
+            "cost": found[f"{draft}, alone"].point[1] / base.point[1],
             "parameters": setting.parameters["draft"],
             **{kind: decoding(draft, kind) for kind in ("exact", "joint")},
         }
