@@ -431,7 +431,8 @@ CLAIMS = (
         JOINT,
         "... of bytes of source code, by a draft of 0.1 of the size",
         "as above",
-        "python -m benchmarks.joint model=runs/bytes4 draft=runs/draft_2m name=joint_bytes",
+        "python -m benchmarks.joint model=runs/bytes4 draft=runs/draft_2m name=joint_bytes "
+        "prompts=16 rounds=2 temperatures=[0.0,0.4,0.7,1.0] widths=[1,4] thresholds=[0.1,0.5,0.9]",
         "joint_bytes",
         of_joint,
         lambda v: bool(v["above_exact_curve"]),
@@ -449,7 +450,9 @@ CLAIMS = (
         JOINT,
         "A draft is accepted less on text of another domain, and distillation there is the remedy",
         "no number of comparable size",
-        "python -m benchmarks.drafts model=runs/bytes4 drafts=[...] texts={...}",
+        "python -m benchmarks.drafts model=runs/bytes4 prompts=24 rounds=2 "
+        """drafts='["runs/draft_0.5m","runs/draft_2m","runs/draft_8m","runs/draft_2m_verse"]' """
+        """texts='{"source code":"","verse":"runs/verse_val.txt"}'""",
         "drafts",
         of_drafts,
         is_remedied,

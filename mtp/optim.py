@@ -161,7 +161,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def multiplies_bfloat16(x: Tensor) -> bool:
-    """Whether the device has units for it: GPUs, and processors with AMX (five times as fast)."""
+    """Whether the device has units for it: GPUs, and processors with AMX."""
     known: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # if new
     return x.is_cuda or bool(known().get("amx_bf16"))
 
