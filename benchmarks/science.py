@@ -52,10 +52,13 @@ _train = partial(call, "train")
 
 @dataclass
 class ScienceConfig:
-    """out: where cells are kept. words: for every run, such as ["device=cuda"]."""
+    """budgets: in place of the study's own. out: where cells are kept. words: for every run, as
+    ["device=cuda"].
+    """
 
     study: str = "star_graph"
     quick: bool = False
+    budgets: list = field(default_factory=list)
     out: str = "runs/science"
     words: list = field(default_factory=list)
     name: str = ""  # of the record
@@ -344,6 +347,8 @@ def verdict(difference: Interval, higher: bool) -> str:
 def run(config: ScienceConfig) -> Values:
     """Train what is missing, write the record and the picture; -> the last line."""
     study = read_study(config.study, config.quick)
+    if config.budgets:
+        study = replace(study, budgets=config.budgets)
     cells = cells_of(study, config.words)
     found = {}
     for number, cell in enumerate(cells, 1):

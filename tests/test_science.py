@@ -302,6 +302,16 @@ def test_a_study_writes_its_record_and_its_picture(tmp_path, monkeypatch):
     assert json.loads(json.dumps(line)) == line
 
 
+def test_budgets_of_the_command_line_stand_in_place_of_the_studys(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(science, "read_study", lambda name, quick: STUDY)
+    monkeypatch.setattr(science, "trained", lambda cell, study, folder: made(cell.arm / 4))
+    line = science.run(ScienceConfig("x", budgets=["operations"], name=str(tmp_path / "science_x")))
+    assert {row["place"]["budget"] for row in line["table"]} == {"operations"}
+    with pytest.raises(ValueError, match="budgets=\\['luck'\\]: allowed are parameters"):
+        science.run(ScienceConfig("x", budgets=["luck"]))
+
+
 def test_columns_are_means_over_seeds_with_intervals():
     study = replace(STUDY, axes={}, tuned={}, columns=["memory_gib"])
     cells = cells_of(study)
