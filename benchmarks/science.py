@@ -346,9 +346,11 @@ def verdict(difference: Interval, higher: bool) -> str:
 
 def run(config: ScienceConfig) -> Values:
     """Train what is missing, write the record and the picture; -> the last line."""
-    study = read_study(config.study, config.quick)
-    if config.budgets:
-        study = replace(study, budgets=config.budgets)
+    try:
+        study = read_study(config.study, config.quick)
+        study = replace(study, budgets=config.budgets or study.budgets)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     cells = cells_of(study, config.words)
     found = {}
     for number, cell in enumerate(cells, 1):
