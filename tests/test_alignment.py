@@ -22,7 +22,7 @@ from benchmarks.alignment import (
     run,
     terms,
 )
-from benchmarks.book import of_choices, of_information
+from benchmarks.readings import of_choices, of_information
 from benchmarks.record import parse
 from mtp import checkpoint
 from mtp.documents import DataConfig

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.book import CLAIMS, FAILS, HOLDS, RESULTS, WAITS, Claim, book
+from benchmarks.book import RESULTS, book
+from benchmarks.claims import CLAIMS, FAILS, HOLDS, WAITS, Claim
 
 
 def test_the_page_is_made_of_the_records_that_stand_beside_it():

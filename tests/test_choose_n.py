@@ -10,7 +10,6 @@ hydra = pytest.importorskip("hydra")
 from omegaconf import OmegaConf  # noqa: E402
 
 from benchmarks import choose_n, science  # noqa: E402
-from benchmarks.book import chooses_n, of_choices_of_n  # noqa: E402
 from benchmarks.choose_n import (  # noqa: E402
     METRICS,
     OTHER_SEEDS,
@@ -27,6 +26,7 @@ from benchmarks.choose_n import (  # noqa: E402
     speeds,
     verdict,
 )
+from benchmarks.readings import chooses_n, of_choices_of_n  # noqa: E402
 from mtp.run import RunConfig, run  # noqa: E402
 from scripts.cli import CONFIGS, register  # noqa: E402
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import mtp  # noqa: E402
 from benchmarks import retrofit  # noqa: E402
-from benchmarks.book import attached_foresee_less, of_retrofit  # noqa: E402
+from benchmarks.readings import attached_foresee_less, of_retrofit  # noqa: E402
 from benchmarks.record import parse  # noqa: E402
 from benchmarks.retrofit import (  # noqa: E402
     ATTACHED,

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import pytest
 
 from benchmarks import science
-from benchmarks.book import CLAIMS
+from benchmarks.claims import CLAIMS
 from benchmarks.science import STUDIES, ScienceConfig, Study, cells_of, read_study, resolved, table
 from mtp.estimate import estimate
 from mtp.evaluate.scores import over_seeds
