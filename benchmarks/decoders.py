@@ -39,26 +39,33 @@ import torch
 import mtp
 from benchmarks.decode import Decoded, decode_requests
 from benchmarks.decode import figures as batch_figures
-from benchmarks.decoders_report import decoder_bars, decoders_markdown
-from benchmarks.energy import idle_watts
-from benchmarks.joint import figures, measured
-from benchmarks.joint_ways import JointConfig, open_setting, prompts_of
-from benchmarks.pilot import LEVEL, beside_plain
-from benchmarks.pilot_ways import (
+from benchmarks.decoder_ways import (
     LOSSY,
-    PLAIN,
     SAME_TEXT,
-    Ready,
     beams,
     exact_ways,
     joint_way,
     left_out,
     memory_bytes,
 )
+from benchmarks.decoders_report import decoder_bars, decoders_markdown
+from benchmarks.energy import idle_watts
+from benchmarks.figures import LEVEL, beside_plain, figures, measured
+from benchmarks.joint_ways import JointConfig, open_setting, prompts_of
 from benchmarks.record import parse, record
 from benchmarks.texts import draft_on_text, on_text
 from benchmarks.timing import Turns, take_turns
-from benchmarks.ways import Spent, Way, fastest, opened, opened_beside, race, set_up
+from benchmarks.ways import (
+    PLAIN,
+    Setting,
+    Spent,
+    Way,
+    fastest,
+    opened,
+    opened_beside,
+    race,
+    set_up,
+)
 from mtp.checkpoint import write_text
 from mtp.decode.drafters import DraftModel, OwnHeads
 from mtp.evaluate.scores import interval
@@ -129,7 +136,7 @@ class DecodersConfig:
 class Entry(NamedTuple):
     """plain: the name of the decoding whose text this one is to write, if it keeps any."""
 
-    ready: Ready
+    setting: Setting
     way: Way
     plain: str = PLAIN
 
@@ -138,20 +145,19 @@ def prepare(config: DecodersConfig) -> tuple[dict[str, Entry], dict[str, str]]:
     """Every row, plain decoding first, and those that there are not, each with the reason."""
     asked, at = config.asked(), (find_device(config.device), PRECISIONS[config.precision])
     setting = open_setting(asked, at[0], probed=config.batch)
-    base = Ready(setting, "own heads")
-    found = entries(base, config.sampling, config.threshold)
-    missing = left_out(base, config.sampling)
+    found = entries(setting, config.sampling, config.threshold)
+    missing = left_out(setting, config.sampling)
     for folder in config.folders:
         target, _ = opened(config.model, *at)
         more = set_up(target, None, folder, setting.requests, probed=config.batch)
-        attached = Ready(more, f"heads of {Path(folder).name}")
+        attached = replace(more, heads=f"heads of {Path(folder).name}")
         of_heads = entries(attached, config.sampling, config.threshold)
         found |= {name: e for name, e in of_heads.items() if attached.heads in name}
     if config.consistency:
         files = find_model(config.model) if Path(config.model).exists() else None
         other = opened_beside("consistency", config.consistency, setting.target, files, *at)
         more = set_up(other, None, None, setting.requests, probed=config.batch)
-        found |= own(Ready(more, "own heads"), config.sampling)
+        found |= own(more, config.sampling)
     else:
         missing["consistency model"] = "none was given: consistency=RUN"
     if not config.folders:
@@ -159,20 +165,20 @@ def prepare(config: DecodersConfig) -> tuple[dict[str, Entry], dict[str, str]]:
     return found, missing
 
 
-def entries(ready: Ready, sampling: mtp.Sampling, threshold: float) -> dict[str, Entry]:
+def entries(setting: Setting, sampling: mtp.Sampling, threshold: float) -> dict[str, Entry]:
     """All that fits one model."""
-    found = exact_ways(ready, sampling)
-    for name, beam in beams(ready, sampling, whole=True).items():
+    found = exact_ways(setting, sampling)
+    for name, beam in beams(setting, sampling, whole=True).items():
         way = joint_way(sampling, beam, beam.depths[0], threshold)
         found[name] = replace(way, depths=beam.depths)
-    return {name: Entry(ready, way) for name, way in found.items()}
+    return {name: Entry(setting, way) for name, way in found.items()}
 
 
-def own(ready: Ready, sampling: mtp.Sampling) -> dict[str, Entry]:
+def own(setting: Setting, sampling: mtp.Sampling) -> dict[str, Entry]:
     """Of a consistency model."""
-    ways, plain = exact_ways(ready, sampling), f"consistency model, {PLAIN}"
+    ways, plain = exact_ways(setting, sampling), f"consistency model, {PLAIN}"
     return {
-        f"consistency model, {name}": Entry(ready, replace(ways[name], family=OWN_TEXT), plain)
+        f"consistency model, {name}": Entry(setting, replace(ways[name], family=OWN_TEXT), plain)
         for name in (PLAIN, "Jacobi")
     }
 
@@ -185,12 +191,12 @@ def race_in_batches(
 ) -> tuple[Turns[Decoded], dict[str, int | None]]:
     """As `race` does one by one."""
     rows, new = config.batch, config.new_tokens
-    setting = next(iter(found.values())).ready.setting
+    setting = next(iter(found.values())).setting
     before, size = [setting.requests[: setting.probed]], QUEUE * rows
     groups = [setting.measured[i : i + size] for i in range(0, len(setting.measured), size)]
 
     def decoder(entry: Entry, depth: int | None) -> Callable[[Sequence[mtp.Request], int], Decoded]:
-        words, target = entry.way.at(depth), entry.ready.setting.target
+        words, target = entry.way.at(depth), entry.setting.target
         return lambda requests, most: decode_requests(
             target, words, rows, [replace(r, max_new_tokens=most) for r in requests]
         )
@@ -207,9 +213,9 @@ def race_in_batches(
 # Teacher-forced.
 
 
-def held_out(config: DecodersConfig, base: Ready) -> tuple[list[list[int]], list[int]]:
+def held_out(config: DecodersConfig, setting: Setting) -> tuple[list[list[int]], list[int]]:
     """Rows, and the first position of each that counts; none of random weights."""
-    setting, most = base.setting, config.new_tokens
+    most = config.new_tokens
     if setting.tokenizer is None:
         return [], []
     if setting.problems:
@@ -226,7 +232,7 @@ def acceptance_on_text(
     entry: Entry, depth: int | None, rows: list[list[int]], begins: list[int]
 ) -> float | None:
     """1 + guesses that stand, of a decoder whose guesses are heads' or a draft's own choices."""
-    way, target = entry.way, entry.ready.setting.target
+    way, target = entry.way, entry.setting.target
     drafter = way.drafter(depth) if way.drafter and depth and way.family != LOSSY else None
     if not rows or depth is None:
         return None
@@ -248,17 +254,17 @@ def alone(
     idle: float | None,
 ) -> dict[str, dict[str, Any]]:
     """Of each decoder at batch 1."""
-    base, values = found[PLAIN].ready.setting, {}
-    by, texts = measured(base, turns)
-    for name, (ready, way, plain) in found.items():
+    values = {}
+    by, texts = measured(found[PLAIN].setting, turns)
+    for name, (setting, way, plain) in found.items():
         done = turns.done[name]
         accepted, steps = sum(s.accepted for s in done), sum(s.steps for s in done)
         values[name] = {
             **beside_plain(name, way, by["perplexity"], texts, len(found), plain),
-            **figures(ready.setting, way, by["perplexity"][name], turns, name, idle),
+            **figures(setting, way, by["perplexity"][name], turns, name, idle),
             "acceptance_length": 1 + accepted / max(1, steps),
             "guesses": depths[name],
-            "memory_bytes": memory_bytes(ready, way, depths[name]),
+            "memory_bytes": memory_bytes(setting, way, depths[name]),
         }
         if "score" in by:
             right = (1 - by["score"][name].loss).tolist()
@@ -276,25 +282,25 @@ def in_batches(
     """Of each decoder. plain_texts: that each is to write, as batch 1 wrote them."""
     keys = ("speedup", "speedup_iqr", "tokens_per_second", "acceptance_length")
     values = {}
-    for name, (ready, way, plain) in found.items():
+    for name, (setting, way, plain) in found.items():
         texts = [text for done in turns.done[name] for text in done.texts]
         f = batch_figures(turns, name, rows)
         values[name] = {
             **{key: f[key] for key in keys},
             "guesses": depths[name],
             "identical": mean(a == b for a, b in zip(texts, plain_texts[plain], strict=True)),
-            "memory_bytes": memory_bytes(ready, way, depths[name], rows),
+            "memory_bytes": memory_bytes(setting, way, depths[name], rows),
         }
     return values
 
 
 def compare(found: Mapping[str, Entry], config: DecodersConfig) -> dict[str, dict[str, Any]]:
     """Everything that is recorded of each decoder."""
-    base = found[PLAIN].ready
+    base = found[PLAIN].setting
     rows, begins = held_out(config, base)
-    counter = base.setting.counter
+    counter = base.counter
     idle = counter and idle_watts(counter)
-    pairs = {name: (entry.ready.setting, entry.way) for name, entry in found.items()}
+    pairs = {name: (entry.setting, entry.way) for name, entry in found.items()}
     turns, depths = race(pairs, config.new_tokens, config.rounds)
     values = alone(found, turns, depths, idle)
     batched, deep = race_in_batches(found, config)

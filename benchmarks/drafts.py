@@ -32,19 +32,17 @@ import torch
 from torch import Tensor
 
 import mtp
-from benchmarks.joint import figures as way_figures
-from benchmarks.joint import measured
+from benchmarks.figures import LEVEL, measured
+from benchmarks.figures import figures as way_figures
 from benchmarks.joint_measures import against, perplexity
 from benchmarks.joint_pictures import draft_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare
 from benchmarks.record import parse, record
-from benchmarks.ways import Setting, Way, race
+from benchmarks.ways import PLAIN, Setting, Way, race
 from mtp.decode.drafters import BeamModel, DraftModel
 from mtp.divergence import forward_kl
 from mtp.run import find_device
 
-LEVEL = 0.95
-PLAIN = "plain"
 QUICK: dict[str, Any] = {"depths": [4], "prompts": 6, "new_tokens": 64, "rounds": 2}
 
 

@@ -35,26 +35,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
-import mtp
 from benchmarks.energy import idle_watts
-from benchmarks.joint_measures import Measured, compared, distinct, front, perplexity, text_nll
+from benchmarks.figures import LEVEL, figures, measured
+from benchmarks.joint_measures import Measured, compared, distinct, front
 from benchmarks.joint_pictures import joint_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare, ways
 from benchmarks.record import parse, record
-from benchmarks.task_score import scores
-from benchmarks.timing import Turns
-from benchmarks.ways import Setting, Spent, Way, race
+from benchmarks.ways import Setting, Way, race
 from mtp.run import find_device
 
-LEVEL = 0.95  # of intervals
 PUBLISHED = (  # V: read in the paper's abstract, S: quoted by others; not on this machine or task
     "MTAD, Llama-2 and OPT 13B to 70B: perplexity 21.2 % below token-by-token sampling's, 1.42 "
     "times as fast and 1.54 times less energy than standard speculative decoding [V]",
@@ -63,106 +58,6 @@ PUBLISHED = (  # V: read in the paper's abstract, S: quoted by others; not on th
 
 
 # Figures.
-
-
-def losses(
-    setting: Setting, texts: Mapping[str, Sequence[list[int]]]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Of every way's texts, by measure, over prompts: nats, and what answers lack of a full
-    score where they have one. Many ways write the same text, which is read once.
-    """
-    known: dict[tuple[int, tuple[int, ...]], float] = {}
-
-    def nll(i: int, text: list[int]) -> float:
-        key = i, tuple(text)
-        if key not in known:
-            known[key] = text_nll(setting.target, setting.measured[i].prompt, text)
-        return known[key]
-
-    def lacking(some: Sequence[list[int]]) -> list[float]:
-        right = scores(setting.problems, setting.tokenizer, [mtp.Completion(t) for t in some])
-        return [1 - score for score in right.values()]
-
-    found = {
-        "perplexity": {
-            name: np.array([nll(i, text) for i, text in enumerate(some)])
-            for name, some in texts.items()
-        }
-    }
-    if setting.problems:
-        found["score"] = {name: np.array(lacking(some)) for name, some in texts.items()}
-    return found
-
-
-def measured(
-    setting: Setting, turns: Turns[Spent]
-) -> tuple[dict[str, dict[str, Measured]], dict[str, list[list[int]]]]:
-    """Measure -> way -> what was measured, and all texts."""
-    texts = {name: [spent.text for spent in done] for name, done in turns.done.items()}
-    tokens = {name: np.array([len(text) for text in some]) for name, some in texts.items()}
-    took = {name: np.array([median(x) for x in rounds]) for name, rounds in turns.took.items()}
-    return {
-        measure: {
-            name: Measured(
-                loss,
-                tokens[name] if measure == "perplexity" else np.ones_like(loss),
-                tokens[name],
-                took[name],
-            )
-            for name, loss in of_all.items()
-        }
-        for measure, of_all in losses(setting, texts).items()
-    }, texts
-
-
-def costs(setting: Setting, way: Way, done: Sequence[Spent]) -> dict[str, float]:
-    """What a way's texts took per new token, clocks aside."""
-    passes, positions, guess_passes, guess_positions = (
-        sum(column) for column in list(zip(*done, strict=True))[1:5]
-    )
-    tokens, parameters = sum(len(spent.text) for spent in done), setting.parameters
-    operations = 2 * parameters["target"] * positions
-    if way.guesses:
-        guesser = "head" if way.guesses[1] == "guess" else "draft"
-        operations += 2 * parameters[guesser] * guess_positions
-    return {
-        "tokens_per_target_forward": (tokens - len(done)) / max(1, passes - len(done)),
-        "target_forwards_per_token": passes / tokens,
-        "guesses_per_token": guess_passes / tokens,
-        "operations_per_token": operations / tokens,
-    }
-
-
-def energy(
-    done: Sequence[Spent], took: Sequence[Sequence[float]], idle: float | None
-) -> dict[str, float]:
-    """Joules per token of the last round, all of them and above idle; nothing without a counter."""
-    tokens, last = sum(len(spent.text) for spent in done), sum(rounds[-1] for rounds in took)
-    if idle is None:
-        return {}
-    joules = sum(spent.joules or 0.0 for spent in done)
-    return {
-        "joules_per_token": joules / tokens,
-        "joules_per_token_above_idle": (joules - idle * last) / tokens,
-    }
-
-
-def figures(
-    setting: Setting, way: Way, of_way: Measured, turns: Turns[Spent], name: str, idle: float | None
-) -> dict[str, Any]:
-    """Of the way with this name: its texts' perplexity, and what they took. idle: watts, where
-    energy is counted.
-    """
-    p50, p95 = np.quantile(of_way.seconds, [0.5, 0.95]).tolist()
-    return {
-        "perplexity": perplexity(of_way),
-        "tokens_per_second": 1 / of_way.point[1],
-        "seconds_p50": p50,
-        "seconds_p95": p95,
-        "tokens": int(of_way.tokens.sum()),
-        **costs(setting, way, turns.done[name]),
-        **energy(turns.done[name], turns.took[name], idle),
-    }
 
 
 def points(setting: Setting, config: JointConfig, idle: float | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import mtp
 from benchmarks.tasks import TASKS, Problem
 from benchmarks.texts import rows_of
-from benchmarks.ways import PROBED, Setting, Way, opened, opened_beside, set_up
+from benchmarks.ways import PROBED, Setting, Way, grows_beams, opened, opened_beside, set_up
 from mtp.decode.drafters import BeamHeads, BeamModel, DraftModel, OwnHeads
 from mtp.decode.sampling import Joint, Sampling
 from mtp.documents import DataConfig, iter_documents
@@ -115,11 +115,6 @@ def open_setting(config: JointConfig, device: torch.device, probed: int = PROBED
     requests = [mtp.Request(p, config.new_tokens, i, stop) for i, p in enumerate(prompts)]
     tokenizer = found and found.tokenizer
     return set_up(target, draft, config.heads, requests, tokenizer, problems, probed)
-
-
-def grows_beams(target: Any) -> bool:
-    """Whether its own heads can, see `BeamHeads`."""
-    return bool(target.extra_heads and not target.reads_ahead)
 
 
 def problems_of(config: JointConfig, count: int) -> list[Problem]:

@@ -9,7 +9,9 @@ over prompts (bootstrap, pairs kept) and hold for all ways together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -17,31 +19,126 @@ from typing import Any, NamedTuple
 
 import torch
 
+import mtp
+from benchmarks.decoder_ways import LOSSY, beams, exact_ways, joint_way, left_out, memory_bytes
 from benchmarks.energy import idle_watts
-from benchmarks.joint import figures, measured
-from benchmarks.joint_measures import Measured, against
-from benchmarks.pilot_ways import (
-    FEWEST,
-    LOSSY,
-    PLAIN,
-    Case,
-    PilotConfig,
-    Ready,
-    beams,
-    exact_ways,
-    joint_way,
-    left_out,
-    memory_bytes,
-    prepare,
-)
+from benchmarks.figures import LEVEL, beside_plain, figures, measured
 from benchmarks.timing import Turns, fastest_threads, seconds
-from benchmarks.ways import PROBED, Spent, Way, contender, race
+from benchmarks.ways import PLAIN, PROBED, Setting, Spent, Way, contender, race, set_up
+from mtp.data import chat_template
 from mtp.decode.joint import THRESHOLDS, Calibrated, calibrate
+from mtp.decode.sampling import Sampling
+from mtp.evaluate.scores import rouge_l, words
+from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
+from mtp.train import PRECISIONS
 
-LEVEL = 0.95  # of all intervals together
+FEWEST = 16  # prompts: fewer than eight that are measured cannot be this sure of anything
 Tell = Callable[[int, int], object]
 Say = Callable[[str], object]
+
+
+# What it takes.
+
+
+@dataclass
+class PilotConfig:
+    """What `scripts/pilot.py` takes. heads: a folder of some that were attached to the model. chat:
+    prompts are what a user says. budget: nats per token that a lossy way may lose, 0.05 are 5 % of
+    perplexity. minutes: take as many of the prompts as fit in; null takes all.
+    """
+
+    model: str = ""  # a run or checkpoint, or a Hugging Face folder or its name on the hub
+    prompts: str = ""  # a file of JSON lines (*.jsonl), or with a prompt on each line
+    draft: str | None = None  # a smaller model of the same tokenizer
+    heads: str | None = None
+    chat: bool = False
+    new_tokens: int = 128
+    rounds: int = 2
+    budget: float = 0.05
+    minutes: float | None = 15.0
+    precision: str = "float32"
+    device: str = "auto"
+    out: str = "runs/pilot"  # a folder for pilot.html, pilot.md and pilot.json
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model: give a run, a checkpoint or a Hugging Face folder, model=...")
+        if not self.prompts:
+            raise ValueError("prompts: give a file of JSON lines or plain lines, prompts=...")
+        for key in ("new_tokens", "rounds"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.budget < 0:
+            raise ValueError(f"budget={self.budget} must be at least 0 nats per token")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes={self.minutes} must be above 0 (null for no limit)")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+
+
+class Case(NamedTuple):
+    """A prompt, and what its text is scored by, if anything: an answer that is to stand in it, not
+    within a longer word, or else a completion, by its likeness (ROUGE-L of words).
+    """
+
+    prompt: str
+    answer: str | None = None
+    completion: str | None = None
+
+    def score(self, text: str) -> float | None:
+        if self.answer is not None:
+            return float(bool(re.search(rf"(?<!\w){re.escape(self.answer)}(?!\w)", text)))
+        if self.completion is not None:
+            return rouge_l(words(text), words(self.completion))
+        return None
+
+
+class Ready(NamedTuple):
+    """What decodes what. cases: one for each request."""
+
+    setting: Setting
+    cases: Sequence[Case]
+
+    def some(self, count: int) -> Ready:
+        """`count` of the prompts, from all of the file; the first half to choose by."""
+        chosen = [i * len(self.cases) // count for i in range(count)]
+        requests = [self.setting.requests[i] for i in chosen]
+        return self._replace(
+            setting=replace(self.setting, requests=requests, probed=count // 2),
+            cases=[self.cases[i] for i in chosen],
+        )
+
+
+def prepare(config: PilotConfig, cases: Sequence[Case]) -> Ready:
+    """Refuses what cannot work: before weights are read, what files and tokenizers say."""
+    if len(cases) < FEWEST:
+        raise ValueError(
+            f"prompts={config.prompts} holds {len(cases)}: give at least {FEWEST}, half of them "
+            f"choose settings and half are measured"
+        )
+    find = partial(find_model, special=not config.chat)  # templates begin a text themselves
+    found, auxiliary = find(config.model), None if config.draft is None else find(config.draft)
+    if auxiliary and auxiliary.tokenizer.fingerprint != found.tokenizer.fingerprint:
+        raise ValueError(f"draft={config.draft} has another tokenizer than {config.model}")
+    requests = requests_of(config, cases, found)
+    device, dtype = find_device(config.device), PRECISIONS[config.precision]
+    target, draft = found.open(device, dtype), auxiliary and auxiliary.open(device, dtype)
+    half = len(requests) // 2
+    setting = set_up(target, draft, config.heads, requests, found.tokenizer, probed=half)
+    return Ready(setting, list(cases))
+
+
+def requests_of(config: PilotConfig, cases: Sequence[Case], found: FoundModel) -> list[mtp.Request]:
+    texts, stop = [case.prompt for case in cases], mtp.stop_at(*found.ends)
+    if config.chat:
+        template = chat_template(found.tokenizer)
+        texts = [template.render([{"role": "user", "content": text}], True) for text in texts]
+    return [
+        mtp.Request(found.tokenizer.encode(text), config.new_tokens, seed, stop)
+        for seed, text in enumerate(texts)
+    ]
 
 
 # How long it takes.
@@ -70,8 +167,7 @@ class Cost(NamedTuple):
 def cost(ready: Ready, config: PilotConfig) -> Cost:
     """By one text of each way; the number of threads is chosen first."""
     setting, new, sampling = ready.setting, config.new_tokens, config.sampling
-    exact = exact_ways(ready, sampling)
-    joint = beams(ready, sampling)
+    exact, joint = exact_ways(setting, sampling), beams(setting, sampling)
     some = exact | {
         name: joint_way(sampling, beam, beam.depths[-1], 0.5) for name, beam in joint.items()
     }
@@ -117,7 +213,7 @@ def calibrated(
     ways, found, refused = dict[str, Way](), dict[str, Calibrated](), dict[str, str]()
     setting, sampling = ready.setting, config.sampling
     halves = setting.requests[: setting.probed], setting.measured
-    for name, beam in beams(ready, sampling).items():
+    for name, beam in beams(setting, sampling).items():
         drafters = [beam.drafter(depth) for depth in beam.depths]
         try:
             best = calibrate(setting.target, *halves, drafters, sampling, config.budget)
@@ -159,7 +255,7 @@ def decoders(
         found = beside_plain(name, way, nats["perplexity"], texts, len(of_all))
         found |= {
             "guesses": depths[name],
-            "memory_bytes": memory_bytes(ready, way, depths[name]),
+            "memory_bytes": memory_bytes(ready.setting, way, depths[name]),
             **figures(ready.setting, way, nats["perplexity"][name], turns, name, idle),
             **score(ready, texts[name]),
         }
@@ -167,28 +263,6 @@ def decoders(
             found["go"], found["reason"] = verdict(found, budget)
         values[name] = found
     return values
-
-
-def beside_plain(
-    name: str,
-    way: Way,
-    by: Mapping[str, Measured],
-    texts: Mapping[str, Sequence[list[int]]],
-    ways: int,
-    plain: str = PLAIN,
-) -> dict[str, Any]:
-    """What a way is, and how it does against plain decoding, in intervals that hold for all `ways`
-    together (Bonferroni). by: in nats. plain: whose texts it is to write.
-    """
-    pair = against(by[name], by[PLAIN], 1 - (1 - LEVEL) / max(1, ways - 1))
-    return {
-        "kind": way.family,
-        "rule": way.words.get("rule", "match"),
-        "threshold": way.words.get("threshold"),
-        "speedup": pair.speed._asdict(),
-        "loss_rise": pair.loss._asdict(),
-        "identical": mean(a == b for a, b in zip(texts[name], texts[plain], strict=True)),
-    }
 
 
 def score(ready: Ready, texts: Sequence[list[int]]) -> dict[str, Any]:
@@ -231,7 +305,7 @@ def pilot(config: PilotConfig, cases: Sequence[Case], say: Say, tell: Tell) -> d
     joint, found, refused = calibrated(ready, config)
     for name, best in found.items():
         say(f"{name}: threshold {best.threshold:g}, within the budget")
-    of_all = exact_ways(ready, config.sampling) | joint
+    of_all = exact_ways(ready.setting, config.sampling) | joint
     entries = {name: (ready.setting, way) for name, way in of_all.items()}
     turns, depths = race(entries, config.new_tokens, config.rounds, tell)
     values = decoders(ready, of_all, turns, depths, config.budget, idle)
@@ -252,5 +326,5 @@ def pilot(config: PilotConfig, cases: Sequence[Case], say: Say, tell: Tell) -> d
             | {part: getattr(best, part)._asdict() for part in ("found", "checked")}
             for name, best in found.items()
         },
-        "left_out": left_out(ready, config.sampling) | refused,
+        "left_out": left_out(ready.setting, config.sampling) | refused,
     }

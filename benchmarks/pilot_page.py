@@ -8,8 +8,8 @@ import html
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from benchmarks.decoder_ways import LOSSY, SAME_LAW, SAME_TEXT
 from benchmarks.page import markdown_table, page
-from benchmarks.pilot_ways import LOSSY, SAME_LAW, SAME_TEXT
 
 STYLE = """
 body { max-width: 60rem } h2 { font-size: 1.15rem; margin: 0 } p { overflow-wrap: anywhere }

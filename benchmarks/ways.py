@@ -31,6 +31,7 @@ from mtp.interop.attach import load_heads
 from mtp.interop.folder import FoundModel, find_model
 from mtp.model import Transformer
 
+PLAIN = "plain"
 PROBED = 3  # texts that warm up, and find the depth of each way
 
 
@@ -41,7 +42,7 @@ PROBED = 3  # texts that warm up, and find the depth of each way
 class Setting:
     """parameters: by which a position of target, of draft and of one extra head is multiplied.
     requests: `probed` ones, and those that are measured. problems: that those answer. weights:
-    bytes of target and of draft.
+    bytes of target and of draft. heads: what to call the target's.
     """
 
     target: Any
@@ -53,6 +54,7 @@ class Setting:
     counter: Counter | None = None
     probed: int = PROBED
     weights: dict[str, int] = field(default_factory=dict)
+    heads: str = "own heads"
 
     @property
     def measured(self) -> list[mtp.Request]:
@@ -96,6 +98,7 @@ def set_up(
     return Setting(
         *(target.packed(), draft and draft.packed(), parameters, requests, tokenizer),
         *(problems[probed:], energy_counter(target.embedding.weight.device), probed, weights),
+        "attached heads" if heads else "own heads",
     )
 
 
@@ -108,6 +111,11 @@ def opened_beside(key: str, where: str, target: Any, found: FoundModel | None, *
     if len({*prints}) > 1 or model.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"{key}={where!r} has another tokenizer than the model")
     return model
+
+
+def grows_beams(target: Any) -> bool:
+    """Whether its own heads can, see `BeamHeads`."""
+    return bool(target.extra_heads and not target.reads_ahead)
 
 
 # Decoding.

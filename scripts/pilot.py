@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pilot import pilot
+from benchmarks.pilot import Case, PilotConfig, pilot
 from benchmarks.pilot_page import pilot_markdown, pilot_page
-from benchmarks.pilot_ways import Case, PilotConfig
 from benchmarks.record import record
 from mtp.checkpoint import write_text
 from scripts.cli import REPORTS, launch, progress, read_lines

@@ -23,7 +23,7 @@ hydra = pytest.importorskip("hydra")
 from hydra.errors import ConfigCompositionException  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-from benchmarks.pilot_ways import PilotConfig  # noqa: E402
+from benchmarks.pilot import PilotConfig  # noqa: E402
 from scripts.attach import AttachConfig  # noqa: E402
 from scripts.cli import REPORTS, register  # noqa: E402
 from scripts.collect_trajectories import CollectConfig  # noqa: E402

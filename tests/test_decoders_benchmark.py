@@ -11,9 +11,9 @@ from conftest import tiny
 
 import mtp
 from benchmarks import decoders
+from benchmarks.decoder_ways import LOSSY, SAME_LAW, SAME_TEXT
 from benchmarks.decoders import OWN_TEXT, DecodersConfig, prepare, run
 from benchmarks.decoders_report import COLOURS, decoders_markdown
-from benchmarks.pilot_ways import LOSSY, SAME_LAW, SAME_TEXT
 from benchmarks.tasks import TASKS, Problem
 from benchmarks.texts import draft_on_text
 from mtp.interop.attach import attach_heads, save_heads
@@ -142,7 +142,7 @@ def test_answers_of_a_task_are_scored_and_foreseen_from_the_prompt_on(toy, folde
     assert values["left_out"].keys() == missing
     assert "score 0.500" in (folder / "task.md").read_text()
     found, _ = prepare(replace(toy, **words))
-    rows, begins = decoders.held_out(replace(toy, **words), found["plain"].ready)
+    rows, begins = decoders.held_out(replace(toy, **words), found["plain"].setting)
     assert [bytes(row[at:]) for row, at in zip(rows, begins, strict=True)] == [b"answe"] * 3
 
 

@@ -15,8 +15,8 @@ from conftest import tiny
 import mtp
 from benchmarks import energy, joint
 from benchmarks.beam_search import beam_search
-from benchmarks.joint import costs, losses
-from benchmarks.joint import energy as energy_figures
+from benchmarks.figures import costs, losses
+from benchmarks.figures import energy as energy_figures
 from benchmarks.joint_ways import JointConfig, prepare, ways
 from benchmarks.tasks import TASKS, Problem
 from benchmarks.ways import PROBED, Setting, Spent, Way, contender, fastest_depth

@@ -15,10 +15,9 @@ from conftest import DATA, tiny
 
 import mtp
 from benchmarks import pilot as engine
-from benchmarks import pilot_ways
-from benchmarks.pilot import Cost, verdict
+from benchmarks.decoder_ways import LOSSY, SAME_LAW, SAME_TEXT, exact_ways, left_out
+from benchmarks.pilot import Case, Cost, PilotConfig, verdict
 from benchmarks.pilot_page import at, pilot_markdown, pilot_page
-from benchmarks.pilot_ways import LOSSY, SAME_LAW, SAME_TEXT, Case, PilotConfig, Ready
 from benchmarks.ways import Setting, contender
 from mtp.interop.attach import attach_heads, save_heads
 from mtp.interop.llama import load_llama
@@ -129,17 +128,17 @@ def test_thresholds_are_chosen_on_one_half_and_checked_on_the_other(models, prom
 
 def test_what_does_not_fit_is_left_out_with_a_reason():
     model = tiny(n_future_tokens=1)
-    ready = Ready(Setting(model, None, {}, []), "own heads")
+    setting = Setting(model, None, {}, [])
     greedy = mtp.Sampling(0)
-    assert engine.left_out(ready, greedy).keys() == {"own heads", "draft model", "joint"}
-    assert {*engine.exact_ways(ready, greedy)} == {
+    assert left_out(setting, greedy).keys() == {"own heads", "draft model", "joint"}
+    assert {*exact_ways(setting, greedy)} == {
         *("plain", "prompt lookup", "Jacobi", "own n-grams"),
     }
-    assert "greedy" in engine.left_out(ready, greedy)["joint"]
-    assert "another model" in engine.left_out(ready, SAMPLED)["joint"]
-    chained = Ready(Setting(tiny("sequential"), None, {}, []), "own heads")
-    assert "own heads, tree" not in engine.exact_ways(chained, greedy)
-    assert "one chain" in engine.left_out(chained, greedy)["own heads, tree"]
+    assert "greedy" in left_out(setting, greedy)["joint"]
+    assert "another model" in left_out(setting, SAMPLED)["joint"]
+    chained = Setting(tiny("sequential"), None, {}, [])
+    assert "own heads, tree" not in exact_ways(chained, greedy)
+    assert "one chain" in left_out(chained, greedy)["own heads, tree"]
 
 
 def test_attached_heads_are_tried_as_own_ones_are(models, prompts, tmp_path):
@@ -147,7 +146,7 @@ def test_attached_heads_are_tried_as_own_ones_are(models, prompts, tmp_path):
     heads = save_heads(attach_heads(mtp.load(trunk), 3), tmp_path / "heads")
     words = {"model": str(trunk), "draft": None, "heads": str(heads)}
     ready = engine.prepare(config_of(models, prompts, "", **words), read_cases(prompts))
-    ways = engine.exact_ways(ready, mtp.Sampling(0))
+    ways = exact_ways(ready.setting, mtp.Sampling(0))
     found = {"attached heads, chain": 2, "attached heads, tree": 8}
     request = ready.setting.requests[0]
     plain = contender(ready.setting, ways["plain"])(request, 6).text
@@ -239,7 +238,7 @@ def test_a_draft_of_another_tokenizer_is_refused_before_weights_are_read(
     def found(where, special=True):
         return SimpleNamespace(tokenizer=SimpleNamespace(fingerprint=where))
 
-    monkeypatch.setattr(pilot_ways, "find_model", found)
+    monkeypatch.setattr(engine, "find_model", found)
     with pytest.raises(ValueError, match="draft=.* has another tokenizer than"):
         engine.prepare(config_of(models, prompts, ""), read_cases(prompts))
 
