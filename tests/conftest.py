@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import runpy
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import mtp
 from mtp.heads import HEADS
 from mtp.model import ModelConfig, Transformer
+from mtp.tokenizer import ByteTokenizer, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = tuple(HEADS)
@@ -21,6 +24,12 @@ BLOCK_KINDS = tuple(kind for kind in KINDS if HEADS[kind].takes_blocks)
 DATA = Path(os.environ.get("MTP_TEST_DATA", "/nonexistent"))
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Benchmarks and scripts choose another number; each test begins with one again."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -34,7 +43,6 @@ def command(monkeypatch, capsys):
     """Run a script as `python scripts/NAME.py WORDS` does, in this process; -> stdout, stderr."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    threads = torch.get_num_threads()
 
     def call(name, *words):
         monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *words])
@@ -46,7 +54,6 @@ def command(monkeypatch, capsys):
     yield call
     root.handlers[:] = handlers
     root.setLevel(level)
-    torch.set_num_threads(threads)
 
 
 def tiny(
@@ -66,3 +73,17 @@ def tiny(
                 noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter.add_(noise * 0.2)
     return model
+
+
+def a_run(
+    folder: Path, text: Path | None = None, tokenizer: Tokenizer | None = None, **shape
+) -> Path:
+    """A run directory, as training on `text` leaves it, of a model of bytes that was not trained;
+    held out is the text itself.
+    """
+    model = tiny(**{"vocab_size": 257, "max_seq_len": 64, **shape}).float()
+    mtp.save(model, folder / "checkpoints" / "step-00000001", tokenizer or ByteTokenizer())
+    if text is not None:
+        data = {"source": "text", "path": str(text), "val_path": str(text)}
+        (folder / "run.json").write_text(json.dumps({"data": data}))
+    return folder

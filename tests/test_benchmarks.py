@@ -29,14 +29,6 @@ from mtp.tokenizer import ByteTokenizer
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-@pytest.fixture
-def threads():
-    """Benchmarks choose their number of threads; tests want theirs back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 # The baseline.
 
 
@@ -115,7 +107,7 @@ def test_ratios_compare_two_calls_in_turns(monkeypatch):
 
 
 @pytest.mark.parametrize(("one", "all_of_them", "chosen"), [(1.0, 2.0, 1), (2.0, 1.0, 3)])
-def test_the_faster_number_of_threads_is_chosen(one, all_of_them, chosen, threads, monkeypatch):
+def test_the_faster_number_of_threads_is_chosen(one, all_of_them, chosen, monkeypatch):
     """Busy in every call but the last, as when something else ran meanwhile."""
     now, busy = [0.0], iter([9.0, 9.0, 0.0] * 2)
 
@@ -149,8 +141,7 @@ def test_spread_is_the_quartiles():
     assert spread([1.0, 2.0, 3.0]) == [1.0, 3.0]
 
 
-def test_measured_figures_add_up_to_what_was_decoded(threads):
-    torch.set_num_threads(1)
+def test_measured_figures_add_up_to_what_was_decoded():
     model = tiny(gain=2.0, max_seq_len=64).float()
     config = DecodeConfig(
         prompts=2, prompt_tokens=8, new_tokens=12, bare_tokens=12, temperature=0.0
@@ -168,8 +159,7 @@ def test_measured_figures_add_up_to_what_was_decoded(threads):
     json.dumps(figures)
 
 
-def test_another_text_is_never_called_identical(threads, monkeypatch):
-    torch.set_num_threads(1)
+def test_another_text_is_never_called_identical(monkeypatch):
     model = tiny().float()
     monkeypatch.setattr("benchmarks.bare.bare_loop", lambda model, prompts, new: iter([[0]] * new))
     config = DecodeConfig(prompt_tokens=8, new_tokens=4, bare_tokens=4)

@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
 import mtp
 from benchmarks import consistency, consistency_models
@@ -58,9 +57,7 @@ def every_response(monkeypatch):
 
 
 def test_it_makes_its_models_and_writes_what_it_found(toy):
-    threads = torch.get_num_threads()
     line = consistency.run(toy)
-    torch.set_num_threads(threads)
     assert line.keys() == KEYS
     entry = json.loads(Path(f"{toy.name}.json").read_text(encoding="utf-8"))
     values = entry["values"]

@@ -33,7 +33,6 @@ from mtp.documents import (
 from mtp.overlap import Overlap, ngram_overlap
 from mtp.tokenizer import ByteTokenizer
 
-torch.set_num_threads(1)
 BYTES = ByteTokenizer()
 END = BYTES.end_id
 

@@ -51,12 +51,9 @@ def model(**overrides):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def one_core(monkeypatch):
     """Benchmarks choose their number of threads; tests leave them no choice."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # Peers.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import a_run, tiny
 
 import mtp
 from benchmarks import decoders
@@ -17,7 +17,7 @@ from benchmarks.decoders_report import COLOURS, decoders_markdown
 from benchmarks.tasks import TASKS, Problem
 from benchmarks.texts import draft_on_text
 from mtp.interop.attach import attach_heads, save_heads
-from mtp.tokenizer import ByteTokenizer, train_sentencepiece
+from mtp.tokenizer import train_sentencepiece
 
 TOY = DecodersConfig(
     prompts=3, prompt_tokens=8, new_tokens=5, rounds=1, batch=2, device="cpu", top_k=4
@@ -34,33 +34,17 @@ JOINT = {
 CONSISTENCY = {"consistency model, plain", "consistency model, Jacobi"}
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def saved(folder, tokenizer=None, **shape):
-    shape = {"vocab_size": 257, "max_seq_len": 64, "n_future_tokens": 3} | shape
-    model = tiny(gain=1.5, **shape).float()
-    mtp.save(model, folder / "checkpoints" / "step-00000001", tokenizer or ByteTokenizer())
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs, as training leaves them, of models that were not trained."""
     where = tmp_path_factory.mktemp("decoders")
     (where / "text.txt").write_text("a line of many\n" * 40)
-    data = {"source": "text", "path": str(where / "text.txt"), "val_path": str(where / "text.txt")}
     for name, shape in {
         "target": {},
         "draft": {"n_future_tokens": 1},
         "consistency": {"seed": 1},
     }.items():
-        saved(where / name, **shape)
-        (where / name / "run.json").write_text(json.dumps({"data": data}))
+        a_run(where / name, where / "text.txt", gain=1.5, **{"n_future_tokens": 3} | shape)
     save_heads(attach_heads(mtp.load(where / "target"), 3), where / "attached")
     return where
 
@@ -79,9 +63,7 @@ def toy(folder):
 
 @pytest.fixture(scope="module")
 def recorded(toy, folder):
-    threads = torch.get_num_threads()
     line = run(toy)
-    torch.set_num_threads(threads)
     kept = json.loads((folder / "out.json").read_text())
     assert line.items() <= kept["values"].items()
     return kept
@@ -165,7 +147,7 @@ def test_a_draft_stands_on_text_as_far_as_it_chooses_what_the_model_chooses():
 def test_models_of_another_tokenizer_are_refused(toy, folder, tmp_path):
     pytest.importorskip("sentencepiece")
     tokenizer = train_sentencepiece(["some other words\n"] * 60, tmp_path / "other.model", 280)
-    other = saved(tmp_path / "other", tokenizer, vocab_size=280)
+    other = str(a_run(tmp_path / "other", tokenizer=tokenizer, vocab_size=280))
     for key in ("draft", "consistency"):
         with pytest.raises(ValueError, match=f"{key}=.* has another tokenizer than the model"):
             prepare(replace(toy, **{key: other}))

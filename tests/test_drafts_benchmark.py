@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import a_run, tiny
 
 import mtp
 from benchmarks import drafts
 from benchmarks.drafts import DraftsConfig, agreement, drift
 from benchmarks.ways import PROBED, Setting
-from mtp.tokenizer import ByteTokenizer
 
 
 def a_setting(draft, law):
@@ -60,18 +59,10 @@ def test_drift_is_against_the_first_domain():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name, seed in (("target", 0), ("small", 1), ("same", 0)):
-        model = tiny(seed=seed, gain=1.5, vocab_size=257, max_seq_len=64).float()
-        mtp.save(model, folder / name / "checkpoints" / "step-00000001", ByteTokenizer())
+        a_run(folder / name, seed=seed, gain=1.5)
     (folder / "own.txt").write_text("one and two and three are six. " * 40)
     (folder / "verse.txt").write_text("So long lives this, and this gives life. " * 40)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def toy(folder, **words):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import a_run, tiny
 
 import mtp
 from benchmarks import energy, joint
@@ -274,19 +274,9 @@ def folder(tmp_path_factory):
     """Runs, as training leaves them, of models that were not trained."""
     where = tmp_path_factory.mktemp("joint")
     (where / "text.txt").write_text("a line of many\n" * 40)
-    data = {"source": "text", "path": str(where / "text.txt"), "val_path": str(where / "text.txt")}
     for name, heads in (("target", 3), ("draft", 1)):
-        model = tiny(vocab_size=257, max_seq_len=1024, n_future_tokens=heads).float()
-        mtp.save(model, where / name / "checkpoints" / "step-00000001", ByteTokenizer())
-        (where / name / "run.json").write_text(json.dumps({"data": data}))
+        a_run(where / name, where / "text.txt", max_seq_len=1024, n_future_tokens=heads)
     return where
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def toy(folder, **words):

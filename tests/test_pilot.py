@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import DATA, tiny
 
 import mtp
@@ -52,13 +51,6 @@ def prompts(tmp_path_factory):
     records = [{"prompt": p, "answer": i} for i, p in enumerate(PROMPTS)]
     file.write_text("\n".join(map(json.dumps, records)))
     return file
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(models, prompts, out, **words):

@@ -16,12 +16,9 @@ BOTH = [1, 3]
 
 
 @pytest.fixture(autouse=True)
-def threads():
+def two_threads(one_thread):
     """Other than the candidates, so that a probe that leaves its own behind is seen."""
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 class Machine:

@@ -420,7 +420,6 @@ def demo(texts, tmp_path, monkeypatch, command):
         scripts.demo.DecodeConfig, prompts=1, prompt_tokens=8, new_tokens=12, bare_tokens=12
     )
     monkeypatch.setattr(scripts.demo, "DecodeConfig", small)
-    torch.set_num_threads(1)
     words = [*SMALL, *texts, f"run_dir={tmp_path}/demo", "train.steps=2"]
     return lambda *more: scripts.demo.main([*words, *more])
 

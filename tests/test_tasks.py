@@ -23,7 +23,6 @@ from mtp.tasks.table import TASKS, make_task
 from mtp.tokenizer import ByteTokenizer
 from mtp.train import TrainConfig, train
 
-torch.set_num_threads(1)
 BYTES = ByteTokenizer()
 OTHERS = {  # parameters that are not the defaults
     "copying": {"length": 3, "symbols": 5},

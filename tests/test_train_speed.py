@@ -38,13 +38,6 @@ FIGURES = {
 }
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 # Shapes.
 
 
@@ -154,9 +147,7 @@ def test_ratios_are_medians_over_rounds_and_to_the_right_baseline():
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-def test_the_benchmark_runs_and_ends_with_its_figures(
-    compiler, tmp_path, monkeypatch, capsys, threads
-):
+def test_the_benchmark_runs_and_ends_with_its_figures(compiler, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_speed, "compile_blocks", lambda blocks, device: compiler)
     monkeypatch.setattr(sys, "argv", ["train_speed", *TOY, f"name={tmp_path / 'speed'}"])
     train_speed.main()
