@@ -39,7 +39,7 @@ import mtp
 from benchmarks.code_report import figures, markdown
 from benchmarks.code_samples import Cell, Progress, draw
 from benchmarks.pictures import pass_panels
-from benchmarks.record import parse, record
+from benchmarks.record import parse, quicken, record
 from benchmarks.subjects import Subject, subject
 from mtp.checkpoint import write_text
 from mtp.evaluate import micro
@@ -93,8 +93,7 @@ class CodeConfig:
     quick: bool = False
 
     def __post_init__(self) -> None:
-        if self.quick:  # beside the whole, not in its place
-            vars(self).update(QUICK, name=f"{self.name}_quick")
+        quicken(self, QUICK)
         for key, allowed in ALLOWED.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)!r}: allowed: {', '.join(allowed)}")

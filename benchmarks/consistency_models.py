@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import mtp
+from benchmarks.record import quicken
 from benchmarks.subjects import subject
 from benchmarks.tasks import TASKS, Problem, check_task
 from mtp.checkpoint import find, load_config, write_text
@@ -83,8 +84,7 @@ class BenchmarkConfig:
         check_task(self.task)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
-        if self.quick:  # beside the whole, not in its place
-            vars(self).update(QUICK, out=f"{self.out}_quick", name=f"{self.name}_quick")
+        quicken(self, QUICK)
 
     @property
     def trajectories(self) -> str:

@@ -52,7 +52,7 @@ from benchmarks.decoders_report import decoder_bars, decoders_markdown
 from benchmarks.energy import idle_watts
 from benchmarks.figures import LEVEL, beside_plain, figures, measured
 from benchmarks.joint_ways import JointConfig, open_setting, prompts_of
-from benchmarks.record import parse, record
+from benchmarks.record import parse, quicken, record
 from benchmarks.texts import draft_on_text, on_text
 from benchmarks.timing import Turns, take_turns
 from benchmarks.ways import (
@@ -106,8 +106,7 @@ class DecodersConfig:
     name: str = "decoders"
 
     def __post_init__(self) -> None:
-        if self.quick:
-            vars(self).update(QUICK, name=f"{self.name}_quick")
+        quicken(self, QUICK)
         if self.batch < 2:
             raise ValueError(f"batch={self.batch}: must be at least 2, batch 1 is measured anyway")
         names = [Path(folder).name for folder in self.folders]

@@ -37,7 +37,7 @@ from benchmarks.figures import figures as way_figures
 from benchmarks.joint_measures import against, perplexity
 from benchmarks.joint_pictures import draft_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare
-from benchmarks.record import parse, record
+from benchmarks.record import parse, quicken, record
 from benchmarks.ways import PLAIN, Setting, Way, race
 from mtp.decode.drafters import BeamModel, DraftModel
 from mtp.divergence import forward_kl
@@ -69,8 +69,7 @@ class DraftsConfig:
     name: str = "drafts"
 
     def __post_init__(self) -> None:
-        if self.quick:
-            vars(self).update(QUICK, name=f"{self.name}_quick")
+        quicken(self, QUICK)
         for key in ("drafts", "texts"):
             if not getattr(self, key):
                 raise ValueError(f"{key}={getattr(self, key)}: give one at least")

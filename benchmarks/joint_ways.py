@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import mtp
+from benchmarks.record import quicken
 from benchmarks.tasks import TASKS, Problem
 from benchmarks.texts import rows_of
 from benchmarks.ways import PROBED, Setting, Way, grows_beams, opened, opened_beside, set_up
@@ -63,8 +64,7 @@ class JointConfig:
     name: str = "joint"
 
     def __post_init__(self) -> None:
-        if self.quick:  # beside the whole, not in its place
-            vars(self).update(QUICK, name=f"{self.name}_quick")
+        quicken(self, QUICK)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
         if self.task not in (allowed := ("text", *TASKS)):

@@ -103,3 +103,12 @@ def _value(text: str, hint: Any, key: str) -> Any:
         wanted = getattr(hint, "__name__", hint)
         raise SystemExit(f"error: {key}={text!r} is no value of type {wanted}") from None
     return value
+
+
+def quicken(config: Any, smaller: Mapping[str, Any]) -> None:
+    """Where `quick` is set: `smaller` values, and files beside those of the whole, not in their
+    place.
+    """
+    if config.quick:
+        files = {k: f"{getattr(config, k)}_quick" for k in ("name", "out") if hasattr(config, k)}
+        vars(config).update(smaller, **files)

@@ -43,7 +43,7 @@ import torch
 import mtp
 from benchmarks.cells import Values, as_words, call, kept
 from benchmarks.intervals import interval_panels
-from benchmarks.record import parse, record
+from benchmarks.record import parse, quicken, record
 from benchmarks.texts import rows_of
 from mtp.data import load_corpus
 from mtp.documents import iter_documents
@@ -98,8 +98,7 @@ class RetrofitConfig:
     name: str = "retrofit"
 
     def __post_init__(self) -> None:
-        if self.quick:  # beside the whole, not in its place
-            vars(self).update(QUICK, out=f"{self.out}_quick", name=f"{self.name}_quick")
+        quicken(self, QUICK)
         least = {"n": 2, "seeds": 2, "own_texts": 1, "prompts": 1, "prompt_tokens": 1}
         for key, lowest in least.items():
             if (value := getattr(self, key)) < lowest:
