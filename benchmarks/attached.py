@@ -43,15 +43,16 @@ from benchmarks.pictures import decode_panels
 from benchmarks.record import parse, record
 from benchmarks.texts import Judge, coverage, movement, on_text, rows_of
 from benchmarks.timing import take_turns
-from mtp.data import Corpus, frequent_tokens, iter_documents, load_corpus
+from mtp.data import Corpus, frequent_tokens, load_corpus
 from mtp.decode.depth import AdaptiveDepth
-from mtp.documents import DataConfig, Document, Ids
+from mtp.documents import DataConfig, iter_documents
 from mtp.hooks import console
 from mtp.interop.attach import AttachedHeads, attach_heads, save_heads
 from mtp.interop.draft_loss import DraftLoss
 from mtp.interop.llama import load_llama
 from mtp.interop.states import StateBatches, write_states
 from mtp.optim import OptimConfig
+from mtp.records import Document, Ids
 from mtp.tokenizer import HuggingFaceTokenizer, Tokenizer
 from mtp.train import PRECISIONS, TrainConfig, train
 

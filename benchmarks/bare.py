@@ -20,8 +20,9 @@ from torch import Tensor
 from benchmarks.timing import ratio, seconds
 from mtp.decode.contract import Request
 from mtp.decode.loop import Decoding
-from mtp.model import Rotation, Transformer, rotate
+from mtp.model import Transformer
 from mtp.packed import project
+from mtp.rotary import Rotation, rotate
 
 Caches = list[tuple[Tensor, Tensor]]
 

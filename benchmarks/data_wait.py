@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import parse, record
-from mtp.data import Batches, DataConfig, load_corpus
+from mtp.data import Batches, load_corpus
+from mtp.documents import DataConfig
 from mtp.loss import Batch, Metrics
 from mtp.tokenizer import load_tokenizer
 from mtp.train import Progress, TrainConfig, train

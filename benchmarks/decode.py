@@ -50,9 +50,9 @@ from benchmarks.record import parse, record
 from benchmarks.shapes import shape
 from benchmarks.texts import Judge, OnText, on_text, rows_of
 from benchmarks.timing import Turns, copy_bandwidth, fastest_threads, spread, take_turns
-from mtp.data import iter_documents
 from mtp.decode.depth import AdaptiveDepth
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup
+from mtp.documents import iter_documents
 from mtp.model import Transformer
 from mtp.run import data_of, find_device
 from mtp.train import PRECISIONS

@@ -22,8 +22,8 @@ import mtp
 from benchmarks.bare import plain_steps_against_bare, verify_cost
 from benchmarks.timing import fastest_threads, spread
 from mtp.decode.contract import Completion, Drafter
-from mtp.documents import Document
 from mtp.model import Transformer
+from mtp.records import Document
 from mtp.tokenizer import Tokenizer
 
 

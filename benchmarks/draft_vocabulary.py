@@ -32,9 +32,10 @@ from benchmarks.record import parse, record
 from benchmarks.shapes import shape
 from benchmarks.texts import coverage, on_text, rows_of
 from benchmarks.timing import fastest_threads, seconds, spread
-from mtp.data import frequent_tokens, iter_documents, load_corpus
+from mtp.data import frequent_tokens, load_corpus
 from mtp.decode.contract import Draft, State
 from mtp.decode.loop import Decoding
+from mtp.documents import iter_documents
 from mtp.run import data_of, find_device
 
 

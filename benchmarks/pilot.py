@@ -25,9 +25,9 @@ from benchmarks.energy import idle_watts
 from benchmarks.figures import LEVEL, beside_plain, figures, measured
 from benchmarks.timing import Turns, fastest_threads, seconds
 from benchmarks.ways import PLAIN, PROBED, Setting, Spent, Way, contender, race, set_up
-from mtp.data import chat_template
 from mtp.decode.joint import THRESHOLDS, Calibrated, calibrate
 from mtp.decode.sampling import Sampling
+from mtp.encoding import chat_template
 from mtp.evaluate.scores import rouge_l, words
 from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mtp.checkpoint import fingerprint, load_config
-from mtp.data import chat_template
+from mtp.encoding import chat_template
 from mtp.interop.folder import find_model
 from mtp.tokenizer import Tokenizer
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from benchmarks.bare import logits_in_passes
 from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft
-from mtp.documents import Document
 from mtp.loss import agreements
 from mtp.model import Transformer
+from mtp.records import Document
 from mtp.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Documents -> token ids -> packed rows of T + n ids -> batches, with explicit, resumable state.
+"""Documents in one stream -> packed rows of T + n ids -> batches, with explicit, resumable state.
 
 All documents of a corpus form one stream, each followed by the end token, which belongs to its
 document. Row r covers stream[r T : r T + T + n]: head i at position t predicts row[t + 1 + i], so
@@ -13,105 +13,29 @@ Two documents of 12 tokens in all (1 to 6 and 7 to 10, end token 0), T = 4, n = 
     row 2                            8  9 10  0  -  -  doc 1 1 1 1 -1 -1
 """
 
-import hashlib
 import json
 import math
-import os
-import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import chain, islice, takewhile
-from multiprocessing import get_context
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from mtp.documents import (
-    PLAIN_CHAT,
-    ChatTemplate,
-    DataConfig,
-    Document,
-    chat_segments,
-    iter_documents,
-)
+from mtp.documents import DataConfig, iter_documents
+from mtp.encoding import corpus_fingerprint, encode_document, join
 from mtp.loss import Batch
-from mtp.tokenizer import Tokenizer, load_tokenizer
+from mtp.records import Document
+from mtp.tokenizer import Tokenizer
 
 PARTS = ("train", "validation")  # folders of shards; held-out documents are in PARTS[True]
 
 
-# Documents -> token ids.
-
-
-class Encoded(NamedTuple):
-    ids: np.ndarray  # the document's tokens and the end token
-    keep: np.ndarray  # bool, whether each is a target
-    n_bytes: int
-    digest: bytes  # of the document
-
-
-def encode_document(document: Document, tokenizer: Tokenizer) -> Encoded:
-    """The end token is a target where the last segment is one; where ids are given, it is one only
-    if it is among them, since a text that was cut off does not end there.
-    """
-    document = in_template(document, tokenizer)
-    segments = encode_segments(document, tokenizer)
-    (last, is_target), end = segments[-1], [tokenizer.end_id]
-    if last[-1:] != end:
-        segments.append((end, is_target and document.ids is None))
-    ids, targets = zip(*segments, strict=True)
-    keep = np.repeat(targets, [len(part) for part in ids])
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    said = [document.segments, *([document.ids] if document.ids else [])]
-    digest = hashlib.sha256("".join(map(json.dumps, said)).encode("ascii")).digest()
-    n_bytes = len(document.text.encode("utf-8"))
-    return Encoded(np.fromiter(chain.from_iterable(ids), dtype), keep, n_bytes, digest)
-
-
-def in_template(document: Document, tokenizer: Tokenizer) -> Document:
-    """A chat as the tokenizer's model knows chats, if that is said; anything else as it is."""
-    template = chat_template(tokenizer)
-    if document.messages is None or template is PLAIN_CHAT:
-        return document
-    return document._replace(segments=chat_segments(document.messages, template))
-
-
-def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The tokenizer's own, which it may have as `chat`, or the plain one."""
-    own = getattr(tokenizer, "chat", None)
-    return ChatTemplate(*own) if own else PLAIN_CHAT
-
-
-def encode_segments(document: Document, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    """Ids of each segment, and whether they are targets."""
-    targets = [is_target for _, is_target in document.segments]
-    if document.ids is None:
-        ids = [tokenizer.encode(text) for text, _ in document.segments]
-    elif document.ids.tokenizer == tokenizer.fingerprint:
-        ids = [*document.ids.segments]
-    else:
-        raise ValueError(
-            f"a document holds ids of the tokenizer of fingerprint {document.ids.tokenizer}, "
-            f"data.tokenizer has {tokenizer.fingerprint}"
-        )
-    return list(zip(ids, targets, strict=True))
-
-
-def prompt_of(document: Document, tokenizer: Tokenizer, limit: int | None = None) -> list[int]:
-    """Ids that a model is to go on with: a chat up to where its first answer begins, as later words
-    go with answers that are not the model's; a prompt without its completion; the first `limit` of
-    other text.
-    """
-    if said := document.messages:
-        before = list(takewhile(lambda message: message["role"] != "assistant", said))
-        return tokenizer.encode(chat_template(tokenizer).render(before, True))
-    (first, is_target), *more = encode_segments(document, tokenizer)
-    return first[:limit] if is_target or not more else first
+# Token ids in one stream.
 
 
 class Pieces:
@@ -152,11 +76,11 @@ class Corpus:
         encoded = [encode_document(document, tokenizer) for document in documents]
         if not encoded:
             raise ValueError("a corpus needs at least one document")
-        tokens, ends, keep = _join(encoded)
+        tokens, ends, keep = join(encoded)
         if not keep.any():
             raise ValueError("a corpus needs at least one target: no completion, no assistant turn")
         n_bytes = sum(document.n_bytes for document in encoded)
-        fingerprint = _fingerprint(tokenizer, (document.digest for document in encoded))
+        fingerprint = corpus_fingerprint(tokenizer, (document.digest for document in encoded))
         return cls(tokens, ends, None if keep.all() else keep, n_bytes, fingerprint)
 
     @classmethod
@@ -173,7 +97,7 @@ class Corpus:
             )
 
         def arrays(part: str) -> list[np.ndarray]:
-            files = (_shard(folder, i, part) for i in range(index["n_shards"]))
+            files = (shard_file(folder, i, part) for i in range(index["n_shards"]))
             return [np.load(file, mmap_mode="r") for file in files]
 
         tokens = arrays("tokens")
@@ -182,6 +106,11 @@ class Corpus:
         ends = np.concatenate([ends + start for ends, start in pairs])
         keep = None if index["all_targets"] else Pieces(arrays("keep"))
         return cls(Pieces(tokens), ends, keep, index["n_bytes"], index["fingerprint"])
+
+
+def shard_file(folder: str | Path, number: int, part: str) -> Path:
+    """part: tokens, ends or keep."""
+    return Path(folder) / f"shard-{number:05d}.{part}.npy"
 
 
 def load_corpora(config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
@@ -202,7 +131,7 @@ def frequent_tokens(corpus: Corpus, count: int) -> torch.Tensor:
     """Ids of the most frequent tokens, for `OwnHeads(vocabulary=...)`: the end token, without which
     no guess ends a text, then the others by frequency; at most `count`, fewer if fewer occur.
     """
-    _check_positive(count=count)
+    check_positive(count=count)
     tokens, size, times = corpus.tokens, 2**22, Counter[int]()
     for start in range(0, len(tokens), size):  # memory-mapped shards need not fit in memory
         part = tokens[np.arange(start, min(start + size, len(tokens)))]
@@ -213,124 +142,7 @@ def frequent_tokens(corpus: Corpus, count: int) -> torch.Tensor:
     return torch.tensor([end, *others[: count - 1]])
 
 
-def _join(encoded: list[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ends = np.cumsum([len(document.ids) for document in encoded], dtype=np.int64)
-    ids, keep = zip(*((document.ids, document.keep) for document in encoded), strict=True)
-    return np.concatenate(ids), ends, np.concatenate(keep)
-
-
-def _fingerprint(tokenizer: Tokenizer, digests: Iterable[bytes]) -> str:
-    digest = hashlib.sha256(tokenizer.fingerprint.encode("ascii"))
-    for document in digests:
-        digest.update(document)
-    return digest.hexdigest()[:16]
-
-
-# Shards.
-
-
-def prepare_shards(
-    config: DataConfig,
-    out: str | Path,
-    workers: int = 1,
-    shard_tokens: int = 2**26,
-    report: Callable[[int], None] = lambda n_tokens: None,
-) -> None:
-    """Writes both parts and the tokenizer to the new folder `out`, which appears when complete.
-
-    `report` is called with the number of tokens of each document.
-    """
-    _check_positive(workers=workers, shard_tokens=shard_tokens)
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"out={str(out)!r}: exists already and is not overwritten")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    tokenizer = load_tokenizer(config.tokenizer)
-    try:
-        tokenizer.save(partial / "tokenizer")
-        for held_out in (True, False):  # the small part first: it finds what is wrong early
-            documents = iter_documents(config, held_out)
-            encoded = _encode_all(documents, config.tokenizer, workers)
-            _write_shards(encoded, tokenizer, partial / PARTS[held_out], shard_tokens, report)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_shards(
-    encoded: Iterator[Encoded],
-    tokenizer: Tokenizer,
-    folder: Path,
-    shard_tokens: int,
-    report: Callable[[int], None],
-) -> None:
-    folder.mkdir()
-    digests: list[bytes] = []
-    n_shards, n_bytes, all_targets = 0, 0, True
-    while group := _take(encoded, shard_tokens, report):
-        for part, array in zip(("tokens", "ends", "keep"), _join(group), strict=True):
-            np.save(_shard(folder, n_shards, part), array)
-        n_shards += 1
-        n_bytes += sum(document.n_bytes for document in group)
-        all_targets &= all(document.keep.all() for document in group)
-        digests += (document.digest for document in group)
-    if all_targets:
-        for file in folder.glob("*.keep.npy"):
-            file.unlink()
-    index = {
-        "tokenizer": tokenizer.fingerprint,
-        "fingerprint": _fingerprint(tokenizer, digests),
-        "n_shards": n_shards,
-        "n_documents": len(digests),
-        "n_bytes": n_bytes,
-        "all_targets": bool(all_targets),
-    }
-    (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _take(
-    encoded: Iterator[Encoded], n_tokens: int, report: Callable[[int], None]
-) -> list[Encoded]:
-    """Documents of at least n_tokens in all, fewer only where there are no more."""
-    group: list[Encoded] = []
-    size = 0
-    while size < n_tokens and (document := next(encoded, None)):
-        group.append(document)
-        size += len(document.ids)
-        report(len(document.ids))
-    return group
-
-
-def _shard(folder: str | Path, number: int, part: str) -> Path:
-    return Path(folder) / f"shard-{number:05d}.{part}.npy"
-
-
-def _encode_all(documents: Iterator[Document], where: str, workers: int) -> Iterator[Encoded]:
-    """In the order of the documents, whatever the number of workers."""
-    groups = iter(lambda: list(islice(documents, 64)), [])
-    if workers == 1:
-        yield from chain.from_iterable(_encode_group(group, where) for group in groups)
-        return
-    # Fork is not safe once torch has threads. A bounded queue keeps a large source out of memory.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        pending: deque[Future[list[Encoded]]] = deque()
-        for group in groups:
-            pending.append(pool.submit(_encode_group, group, where))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        for future in pending:
-            yield from future.result()
-
-
-def _encode_group(documents: list[Document], where: str) -> list[Encoded]:
-    tokenizer = _cached_tokenizer(where)
-    return [encode_document(document, tokenizer) for document in documents]
-
-
-_cached_tokenizer = cache(load_tokenizer)  # once per worker process
-
-
-# Token ids -> rows -> batches.
+# Rows -> batches.
 
 
 class Batches:
@@ -500,12 +312,12 @@ def _permutation(seed: int, epoch: int, n_rows: int) -> np.ndarray:
 def _check_sizes(
     seq_len: int, n_future_tokens: int, batch_size: int, rank: int, world_size: int
 ) -> None:
-    _check_positive(seq_len=seq_len, n_future_tokens=n_future_tokens, batch_size=batch_size)
+    check_positive(seq_len=seq_len, n_future_tokens=n_future_tokens, batch_size=batch_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank}: must be at least 0 and below world_size={world_size}")
 
 
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size}: must be at least 1")

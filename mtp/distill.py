@@ -32,14 +32,16 @@ from torch import Tensor, nn
 from mtp import checkpoint
 from mtp.consistency.on_policy import OnPolicy
 from mtp.consistency.trajectories import Trajectory
-from mtp.data import Batches, check_identity, load_corpus, prompt_of
+from mtp.data import Batches, check_identity, load_corpus
 from mtp.decode.contract import stop_at
 from mtp.decode.sampling import Sampling
 from mtp.distributed import rank, sum_on_host, world_size
 from mtp.divergence import distil, forward_kl
-from mtp.documents import DataConfig, Document, iter_documents
+from mtp.documents import DataConfig, iter_documents
+from mtp.encoding import prompt_of
 from mtp.loss import Batch, Metrics, chunk_size, future_targets, wide
 from mtp.model import ModelConfig, Transformer
+from mtp.records import Document
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
 from mtp.train import Batches as Source

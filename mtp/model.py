@@ -12,7 +12,6 @@ width, V vocabulary, S slots.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,17 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp.cache import Cache, CacheLayer
 from mtp.decode.contract import Layout
 from mtp.heads import HEADS, Future
 from mtp.loss import CUTS, Score, is_sharded
 from mtp.packed import Matrix, PackedLinear, can_pack, project, with_packed_linears
+from mtp.rotary import Rotary, Rotation, rotate
 
 UNEMBEDDINGS = ("shared", "replicated")
 ROPE_SCALING = (
     *("factor", "low_freq_factor", "high_freq_factor"),
     "original_max_position_embeddings",
 )
-Rotation = tuple[Tensor, Tensor]
 Place = tuple[Rotation, Layout | None]  # of a forward pass, see `mtp.heads`
 
 
@@ -44,7 +44,7 @@ class ModelConfig:
     A trunk that keeps its L blocks beside n heads is `n_layers = L + n - 1`. Linear, residual,
     identity and sequential heads take no block from the trunk. hidden_dim: width of the
     feed-forward layer, by default 8/3 dim rounded up to `multiple_of`. rope_scaling: how Llama 3.1
-    slows its rotary positions, by the names of its own config, see `slowed`.
+    slows its rotary positions, by the names of its own config, see `mtp.rotary.slowed`.
     """
 
     dim: int = 256
@@ -122,99 +122,8 @@ class ModelConfig:
         wanted = self.hidden_dim or 8 * self.dim // 3
         return wanted if self.hidden_dim else -(-wanted // self.multiple_of) * self.multiple_of
 
-
-class CacheLayer:
-    """Keys and values of one attention layer, (B, S, G, d): it knows slots, neither lengths nor
-    positions.
-    """
-
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = k, v
-        self.flat_k, self.flat_v = k.flatten(0, 1), v.flatten(0, 1)
-        self.all_rows, self.flat = slice(0, len(k)), (-1, *k.shape[2:])
-
-    def write(self, layout: Layout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new columns; return all columns that the layout may look at."""
-        if len(self.k) == 1:  # views cost a batch of one 2 % of its step
-            self.k.index_copy_(1, layout.where, k)
-            self.v.index_copy_(1, layout.where, v)
-            return self.k.narrow(1, 0, layout.span), self.v.narrow(1, 0, layout.span)
-        self.flat_k.index_copy_(0, layout.where, k.view(self.flat))
-        self.flat_v.index_copy_(0, layout.where, v.view(self.flat))
-        if layout.rows == self.all_rows:
-            return self.k.narrow(1, 0, layout.span), self.v.narrow(1, 0, layout.span)
-        return self.k[layout.rows, : layout.span], self.v[layout.rows, : layout.span]
-
-
-class Cache:
-    """`layers` caches of B rows and S slots in two tensors. Rejected drafts need no clean-up: later
-    columns overwrite their slots.
-    """
-
-    def __init__(
-        self, layers: int, rows: int, slots: int, heads: int, head_dim: int, like: Tensor
-    ) -> None:
-        self.slots = slots
-        self.k, self.v = like.new_zeros(2, layers, rows, slots, heads, head_dim)
-        self.layers = [CacheLayer(k, v) for k, v in zip(self.k, self.v, strict=True)]
-
-    def copy(self, source: int, row: int, length: int) -> None:
-        """Give `row` the first `length` slots of `source`: one prompt pass serves many samples."""
-        for x in (self.k, self.v):
-            x[:, row, :length] = x[:, source, :length]
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy what lies in flat slots (row * slots + slot) `source` to `target`, all at once."""
-        for x in (self.k.flatten(1, 2), self.v.flatten(1, 2)):
-            x[:, target] = x[:, source]
-
-
-class Rotary:
-    """cos and signed sin of every position, one table (positions, 2, 1, d). A plain object, so that
-    `model.to(bfloat16)` leaves it in fp32.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        half = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float64)
-        self.frequency = config.rope_theta ** -(half / config.head_dim)
-        if config.rope_scaling is not None:
-            self.frequency = slowed(self.frequency, **config.rope_scaling)
-        self.reserve(config.max_seq_len)
-
-    @torch.inference_mode(False)  # training may follow decoding
-    def reserve(self, positions: int) -> None:
-        angles = torch.outer(torch.arange(positions, device="cpu"), self.frequency)[:, None]
-        cos, sin = angles.cos(), angles.sin()
-        self.table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1).float()
-
-    def __call__(self, positions: Tensor) -> Rotation:
-        """positions (..., T) -> cos and sin (..., T, 1, d)."""
-        if self.table.device != positions.device:
-            self.table = self.table.to(positions.device)
-        cos, sin = self.table[positions].unbind(-3)
-        return cos, sin
-
-
-def slowed(
-    frequency: Tensor,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: float,
-) -> Tensor:
-    """Rotary frequencies for a longer context (Llama 3.1): what turns more than `high_freq_factor`
-    times in the original one is kept, what turns less than `low_freq_factor` times is divided by
-    `factor`, and what lies between goes evenly from one to the other.
-    """
-    turns = frequency * original_max_position_embeddings / (2 * math.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / factor)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the pairs (x_j, x_{j + d/2}) by their position's angle; x (B, T, heads, d)."""
-    cos, sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    def rotary(self) -> Rotary:
+        return Rotary(self.head_dim, self.rope_theta, self.max_seq_len, self.rope_scaling)
 
 
 class Block(nn.Module):
@@ -322,7 +231,7 @@ class Transformer(nn.Module):
         self.output = Unembedding(config)
         if config.tie_embeddings:
             self.output.register_parameter("0", self.embedding.weight)  # type: ignore[arg-type]
-        self.rotary = Rotary(config)
+        self.rotary = config.rotary()
         self.init_weights(generator)
 
     @property

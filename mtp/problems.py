@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtp.data import check_identity, encode_document
+from mtp.data import check_identity
 from mtp.decode.contract import Request, stop_at
 from mtp.decode.loop import generate
 from mtp.decode.sampling import Sampling
 from mtp.distributed import rank, world_size
-from mtp.documents import DataConfig, Document, is_held_out, problem
+from mtp.documents import DataConfig, is_held_out, problem
+from mtp.encoding import encode_document
 from mtp.loss import Batch
+from mtp.records import Document
 from mtp.tasks.table import make_task
 from mtp.tokenizer import Tokenizer
 from mtp.train import TrainConfig, validate

@@ -89,7 +89,7 @@ class HuggingFaceTokenizer:
 
     special: `encode` puts before a text what the model's texts begin with; in documents and chat
     templates it is not wanted, and it is not saved. `chat`: how its model's chats are written, see
-    `mtp.documents.ChatTemplate`; None if nobody says.
+    `mtp.records.ChatTemplate`; None if nobody says.
     """
 
     def __init__(self, folder: str | Path, special: bool = False) -> None:

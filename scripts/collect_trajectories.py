@@ -24,8 +24,8 @@ import mtp
 from mtp.checkpoint import fingerprint
 from mtp.consistency.files import Origin, collect_shards
 from mtp.consistency.filters import FilterConfig
-from mtp.data import prompt_of
 from mtp.documents import DataConfig, iter_documents
+from mtp.encoding import prompt_of
 from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer

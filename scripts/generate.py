@@ -23,11 +23,12 @@ import torch
 from omegaconf import MISSING
 
 import mtp
-from mtp.data import Batches, chat_template, load_corpus
+from mtp.data import Batches, load_corpus
 from mtp.decode.contract import Drafter
 from mtp.decode.drafters import make_drafter
 from mtp.decode.health import health
 from mtp.decode.probe import fastest
+from mtp.encoding import chat_template
 from mtp.interop.folder import FoundModel, find_model
 from mtp.run import data_of, find_device
 from mtp.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from mtp.data import DataConfig, prepare_shards
+from mtp.documents import DataConfig
+from mtp.shards import prepare_shards
 from scripts.cli import launch
 
 

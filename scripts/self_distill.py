@@ -22,8 +22,8 @@ from typing import NamedTuple
 from omegaconf import MISSING
 
 import mtp
-from mtp.data import prompt_of
 from mtp.documents import DataConfig, iter_documents
+from mtp.encoding import prompt_of
 from mtp.evaluate.code import completion_text
 from mtp.evaluate.samples import drop_torn_line
 from mtp.hooks import read_jsonl

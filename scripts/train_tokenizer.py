@@ -9,8 +9,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from mtp.data import DataConfig
-from mtp.documents import iter_documents
+from mtp.documents import DataConfig, iter_documents
 from mtp.tokenizer import train_sentencepiece
 from scripts.cli import launch
 

@@ -23,7 +23,7 @@ from benchmarks.record import parse, record
 from benchmarks.timing import fastest_threads, ratio, spread
 from mtp.decode.contract import Completion, Request
 from mtp.decode.loop import generate
-from mtp.documents import Document
+from mtp.records import Document
 from mtp.tokenizer import ByteTokenizer
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

@@ -16,7 +16,7 @@ from benchmarks.tasks import questions, write
 from benchmarks.trajectory_page import trajectory_page
 from mtp.consistency.filters import FilterConfig
 from mtp.consistency.trajectories import Trajectory
-from mtp.data import DataConfig
+from mtp.documents import DataConfig
 from mtp.model import ModelConfig
 from mtp.run import RunConfig, run
 from mtp.tokenizer import ByteTokenizer

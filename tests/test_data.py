@@ -11,26 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from mtp.data import (
-    Batches,
-    Corpus,
-    StreamingBatches,
-    encode_document,
-    frequent_tokens,
-    load_corpora,
-    load_corpus,
-    prepare_shards,
-    prompt_of,
-)
-from mtp.documents import (
-    SOURCES,
-    ChatTemplate,
-    DataConfig,
-    Document,
-    iter_documents,
-    load_documents,
-)
+from mtp.data import Batches, Corpus, StreamingBatches, frequent_tokens, load_corpora, load_corpus
+from mtp.documents import SOURCES, DataConfig, iter_documents, load_documents
+from mtp.encoding import encode_document, prompt_of
 from mtp.overlap import Overlap, ngram_overlap
+from mtp.records import ChatTemplate, Document
+from mtp.shards import prepare_shards
 from mtp.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()

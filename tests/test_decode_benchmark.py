@@ -34,7 +34,7 @@ from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft, Request
 from mtp.decode.drafters import OwnHeads
 from mtp.decode.loop import generate
-from mtp.documents import Document
+from mtp.records import Document
 from mtp.tokenizer import ByteTokenizer
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [6, 2, 9, 5, 1, 4, 1, 3], [5, 3, 5, 8, 9, 7, 9, 3]]

@@ -15,7 +15,6 @@ from test_run import interrupted, metrics, same_checkpoints
 import mtp
 from mtp import checkpoint, distill
 from mtp.consistency.on_policy import OnPolicy
-from mtp.data import prompt_of
 from mtp.decode.contract import Request, stop_at
 from mtp.decode.loop import generate
 from mtp.decode.sampling import Sampling
@@ -31,6 +30,7 @@ from mtp.distill import (
     make_texts,
 )
 from mtp.documents import DataConfig, iter_documents
+from mtp.encoding import prompt_of
 from mtp.model import ModelConfig
 from mtp.optim import OptimConfig
 from mtp.run import RunConfig, run

@@ -11,12 +11,13 @@ pytest.importorskip("hydra")
 from test_attach import settings, small_folder  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from mtp.data import chat_template, encode_document  # noqa: E402
-from mtp.documents import DataConfig, Document, chat_segments  # noqa: E402
+from mtp.documents import DataConfig  # noqa: E402
+from mtp.encoding import chat_template, encode_document  # noqa: E402
 from mtp.interop.attach import attach_heads, save_heads  # noqa: E402
 from mtp.interop.folder import find_model, load_causal_lm  # noqa: E402
 from mtp.interop.huggingface import CausalLM  # noqa: E402
 from mtp.model import Transformer  # noqa: E402
+from mtp.records import Document, chat_segments  # noqa: E402
 from mtp.tokenizer import HuggingFaceTokenizer  # noqa: E402
 from scripts.attach import AttachConfig, attach  # noqa: E402
 from scripts.convert import ConvertConfig, convert  # noqa: E402

@@ -16,7 +16,7 @@ import torch
 
 import mtp
 from mtp import checkpoint
-from mtp.data import DataConfig
+from mtp.documents import DataConfig
 from mtp.hooks import StopSignals, read_jsonl
 from mtp.model import ModelConfig
 from mtp.optim import OptimConfig
@@ -74,7 +74,7 @@ CHILD = """
 import json, os, sys
 from mtp import checkpoint
 from mtp.run import RunConfig, run
-from mtp.data import DataConfig
+from mtp.documents import DataConfig
 from mtp.model import ModelConfig
 from mtp.optim import OptimConfig
 from mtp.train import TrainConfig

@@ -28,19 +28,32 @@ OPTIONAL = (
 LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.overlap"),
     *("mtp.packages", "mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract"),
+    *("mtp.records", "mtp.rotary"),
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
     *("mtp.evaluate.scores", "mtp.evaluate.schemas", "mtp.consistency.filters"),
     "mtp.interop.fetch",
     *("mtp.tasks.copying", "mtp.tasks.induction", "mtp.tasks.polynomial", "mtp.tasks.star_graph"),
 }
 EXACT = {
-    "mtp.model": {"mtp.heads", "mtp.loss", "mtp.packed", "mtp.decode.contract"},
+    "mtp.cache": {"mtp.decode.contract"},
+    "mtp.model": {
+        *("mtp.cache", "mtp.heads", "mtp.loss", "mtp.packed", "mtp.rotary"),
+        "mtp.decode.contract",
+    },
     "mtp.tasks.table": {
         *("mtp.tasks.copying", "mtp.tasks.induction", "mtp.tasks.polynomial"),
         "mtp.tasks.star_graph",
     },
-    "mtp.documents": {"mtp.evaluate.micro", "mtp.overlap", "mtp.packages", "mtp.tasks.table"},
-    "mtp.data": {"mtp.documents", "mtp.loss", "mtp.tokenizer"},
+    "mtp.documents": {
+        *("mtp.evaluate.micro", "mtp.overlap", "mtp.packages", "mtp.records", "mtp.tasks.table"),
+    },
+    "mtp.encoding": {"mtp.records", "mtp.tokenizer"},
+    "mtp.data": {
+        *("mtp.documents", "mtp.encoding", "mtp.loss", "mtp.records", "mtp.tokenizer"),
+    },
+    "mtp.shards": {
+        *("mtp.data", "mtp.documents", "mtp.encoding", "mtp.records", "mtp.tokenizer"),
+    },
     "mtp.decode.sampling": {"mtp.decode.contract"},
     "mtp.decode.beam": {"mtp.decode.contract"},
     "mtp.decode.lookup": {"mtp.decode.contract"},
@@ -50,7 +63,8 @@ EXACT = {
     "mtp.objectives": {"mtp.loss"},
     "mtp.evaluate.sql": {"mtp.evaluate.schemas"},
     "mtp.evaluate.code": {
-        *("mtp.decode.contract", "mtp.documents", "mtp.evaluate.sandbox", "mtp.tokenizer"),
+        *("mtp.decode.contract", "mtp.documents", "mtp.evaluate.sandbox", "mtp.records"),
+        "mtp.tokenizer",
     },
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import KINDS, tiny
 
 from mtp.decode.contract import chain
-from mtp.model import ModelConfig, Rotary, Transformer, rotate
+from mtp.model import ModelConfig, Transformer
+from mtp.rotary import Rotary, rotate
 
 N, SLOTS = 4, 24
 
@@ -133,7 +134,7 @@ def test_grouped_queries_equal_repeated_keys_and_values(device):
 
 
 def test_rotation_depends_on_distance_only(device):
-    rotary = Rotary(ModelConfig(dim=16, n_heads=2, max_seq_len=64))
+    rotary = Rotary(head_dim=8, theta=10000.0, positions=64)
     q, k = torch.randn(
         2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     ).to(device)

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("hydra")
 
 import mtp
-from mtp.data import Corpus, encode_document
+from mtp.data import Corpus
 from mtp.documents import DataConfig, iter_documents
+from mtp.encoding import encode_document
 from mtp.hooks import read_jsonl
 from mtp.tokenizer import ByteTokenizer
 from scripts.self_distill import SelfDistillConfig, self_distill

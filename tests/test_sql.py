@@ -10,8 +10,8 @@ import torch
 import mtp
 from benchmarks.task_score import answer, scores
 from benchmarks.tasks import TASKS, TaskConfig, docstrings, functions, questions, write
-from mtp.data import encode_document
 from mtp.documents import DataConfig, iter_documents
+from mtp.encoding import encode_document
 from mtp.evaluate import schemas, sql
 
 SAMPLE = 1500

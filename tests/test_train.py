@@ -10,10 +10,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mtp import checkpoint
 from mtp.data import Batches, Corpus
-from mtp.documents import Document
 from mtp.hooks import JsonlLog
 from mtp.loss import Batch, MultiTokenLoss, future_targets
 from mtp.optim import OptimConfig, Optimizer, schedule
+from mtp.records import Document
 from mtp.train import Progress, TrainConfig, train, validate
 
 N, SEQ_LEN = 4, 12

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp.decode.contract import cut_at
-from mtp.documents import PLAIN_CHAT, DataConfig, iter_documents
+from mtp.documents import DataConfig, iter_documents
 from mtp.evaluate.sandbox import Sandbox
+from mtp.records import PLAIN_CHAT
 from mtp.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
@@ -124,7 +125,7 @@ SOURCES = {
 
 
 def plain_chat(question: str) -> str:
-    """A question in the chat format of `mtp.documents`, up to where its answer begins."""
+    """A question in the chat format of `mtp.records`, up to where its answer begins."""
     return PLAIN_CHAT.render([{"role": "user", "content": question}], True)
 
 

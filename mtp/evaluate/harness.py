@@ -34,9 +34,9 @@ from mtp.decode.contract import Completion, Request, chain, cut_at, stop_at, sto
 from mtp.decode.drafters import make_drafter
 from mtp.decode.loop import generate
 from mtp.decode.sampling import Sampling
-from mtp.documents import PLAIN_CHAT
 from mtp.evaluate.code import completion_text
 from mtp.interop.folder import find_model
+from mtp.records import PLAIN_CHAT
 from mtp.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 log = logging.getLogger("lm_eval.mtp")  # below the logger that the harness shows
@@ -65,7 +65,7 @@ class OurText:
         return self.tokenizer.encode(text)  # our documents begin with nothing
 
     def chat(self, messages: Messages, open_answer: bool) -> str:
-        """As `mtp.documents` writes chats."""
+        """As `mtp.records` writes chats."""
         return PLAIN_CHAT.render(messages, open_answer)
 
 

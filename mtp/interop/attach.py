@@ -46,8 +46,9 @@ from mtp.heads import (
     SequentialHeads,
 )
 from mtp.loss import Score
-from mtp.model import Block, ModelConfig, Rotary, Transformer, Unembedding
+from mtp.model import Block, ModelConfig, Transformer, Unembedding
 from mtp.packed import Matrix, project, refuse_packed, with_packed_linears
+from mtp.rotary import Rotary
 
 CONFIG, WEIGHTS = "heads.json", "heads.safetensors"
 FORMAT_VERSION = 1
@@ -249,7 +250,7 @@ def attach_heads(
     config = partial(_block_config, model.config, dim, kind)
     heads = KINDS[kind](n, dim, lambda: Block(config()), lambda: nn.RMSNorm(dim, config().norm_eps))
     if heads.rest_layers:
-        rotary = Rotary(config())
+        rotary = config().rotary()
     _start(heads, generator)
     if isinstance(heads, SequentialHeads) and isinstance(trunk.norm, nn.RMSNorm):
         heads.scale = trunk.norm.weight.detach()

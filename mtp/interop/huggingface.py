@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp.cache import Cache, CacheLayer
 from mtp.decode.contract import Draft, Layout, chain, tree
-from mtp.model import Cache, CacheLayer
 from mtp.packed import can_pack, with_packed_linears
 
 ATTENTION = ("sdpa", "eager")  # those that take any mask

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mtp import ModelConfig, OwnHeads, Request, Transformer, generate, mtp_loss
-from mtp.data import DataConfig, load_corpora
+from mtp.data import load_corpora
+from mtp.documents import DataConfig
 from mtp.tokenizer import load_tokenizer
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mtp import ModelConfig, Transformer
-from mtp.data import Corpus, DataConfig, load_corpora
+from mtp.data import Corpus, load_corpora
+from mtp.documents import DataConfig
 from mtp.tokenizer import load_tokenizer
 from scripts.examples.attached_heads import AttachedHeads
 
