@@ -22,12 +22,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
 from mtp import checkpoint as checkpoints
 from mtp.decode.contract import Completion, Request, chain, cut_at, stop_at, stop_at_text
@@ -38,6 +33,15 @@ from mtp.evaluate.code import completion_text
 from mtp.interop.folder import find_model
 from mtp.records import PLAIN_CHAT
 from mtp.tokenizer import HuggingFaceTokenizer, Tokenizer
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError("the harness needs, in a checkout: pip install '.[lm-eval]'") from error
 
 log = logging.getLogger("lm_eval.mtp")  # below the logger that the harness shows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
