@@ -9,14 +9,12 @@ thousand times larger.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from benchmarks.claims import CLAIMS, Claim
-from benchmarks.record import ROOT
+from benchmarks.record import ROOT, read
 from mtp.checkpoint import write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,7 +32,8 @@ def book(folder: Path) -> Iterator[str]:
 
 
 def row(claim: Claim, folder: Path) -> str:
-    entry = read(folder / f"{claim.record}.json")
+    file = folder / f"{claim.record}.json"
+    entry = read(file) if file.is_file() else None
     ours, kept = "", ""
     if entry is not None:
         ours = claim.ours(entry["values"])
@@ -42,10 +41,6 @@ def row(claim: Claim, folder: Path) -> str:
         kept = f"[{name}]({name}), {entry['hardware']}, {entry['date']}, {entry['commit']}"
     cells = (claim.text, claim.published, ours, claim.verdict(entry), f"`{claim.command}`", kept)
     return f"| {' | '.join(cells)} |\n"
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from benchmarks.decoders_report import decoder_bars, decoders_markdown
 from benchmarks.energy import idle_watts
 from benchmarks.figures import LEVEL, beside_plain, figures, measured
 from benchmarks.joint_ways import JointConfig, open_setting, prompts_of
-from benchmarks.record import parse, quicken, record
+from benchmarks.record import parse, quicken, read, record
 from benchmarks.texts import draft_on_text, on_text
 from benchmarks.timing import Turns, take_turns
 from benchmarks.ways import (
@@ -345,7 +345,7 @@ def run(config: DecodersConfig) -> dict[str, Any]:
     line = summary(values)
     more = {"load_before": round(load, 2), "level": LEVEL, "left_out": missing}
     path = record(config.name, line | more | {"rows": values}, config)
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = read(path)
     text = decoders_markdown(kept)
     print(text)
     write_text(path.with_suffix(".md"), text)

@@ -21,8 +21,10 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 
 from mtp.checkpoint import write_text
+from mtp.versions import check_version
 
 ROOT = Path(__file__).resolve().parent.parent
+FORMAT_VERSION = 1
 T = TypeVar("T")
 
 
@@ -36,11 +38,23 @@ def record(
     folder = folder or ROOT / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    entry = {"name": name, **circumstances(), "values": dict(values)}
+    entry = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        **circumstances(),
+        "values": dict(values),
+    }
     if config is not None:
         entry["config"] = asdict(config)
     write_text(path, json.dumps(entry, indent=1) + "\n")
     return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `record` wrote. ValueError where a later version did."""
+    entry = json.loads(path.read_text(encoding="utf-8"))
+    check_version(entry, FORMAT_VERSION, path)
+    return entry
 
 
 def circumstances() -> dict[str, Any]:

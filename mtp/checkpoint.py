@@ -40,6 +40,7 @@ from mtp.distributed import from_rank_zero, gather_objects, rank, world_size
 from mtp.loss import is_sharded
 from mtp.model import ModelConfig, Transformer
 from mtp.tokenizer import Tokenizer
+from mtp.versions import check_version
 
 log = logging.getLogger("mtp")
 FORMAT_VERSION = 1
@@ -316,7 +317,8 @@ def load_config(folder: Path) -> ModelConfig:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / _CONFIG).read_text())
-        version, model = config["format_version"], {**config["model"]}
+        later = config["format_version"] != FORMAT_VERSION
+        model = {} if later else {**config["model"]}
     except KeyError as error:
         raise Damaged(
             f"{folder / _CONFIG} is no checkpoint config of this library: it has no {error}. Of a "
@@ -325,10 +327,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, TypeError) as error:
         raise Damaged(f"{folder / _CONFIG} is no checkpoint config: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version}; this release reads {FORMAT_VERSION}"
-        )
+    check_version(config, FORMAT_VERSION, folder)
     return config | {"model": model}
 
 

@@ -31,7 +31,9 @@ from mtp.encoding import corpus_fingerprint, encode_document, join
 from mtp.loss import Batch
 from mtp.records import Document
 from mtp.tokenizer import Tokenizer
+from mtp.versions import check_version
 
+FORMAT_VERSION = 1  # of shards
 PARTS = ("train", "validation")  # folders of shards; held-out documents are in PARTS[True]
 
 
@@ -90,6 +92,7 @@ class Corpus:
         if not index_file.is_file():
             raise ValueError(f"data.path: no shards in {folder} (no {index_file.name})")
         index = json.loads(index_file.read_text(encoding="utf-8"))
+        check_version(index, FORMAT_VERSION, index_file)
         if index["tokenizer"] != tokenizer.fingerprint:
             raise ValueError(
                 f"{folder}: made with the tokenizer of fingerprint {index['tokenizer']}, "

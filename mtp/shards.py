@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtp.data import PARTS, check_positive, shard_file
+from mtp.data import FORMAT_VERSION, PARTS, check_positive, shard_file
 from mtp.documents import DataConfig, iter_documents
 from mtp.encoding import Encoded, corpus_fingerprint, encode_document, join
 from mtp.records import Document
@@ -69,6 +69,7 @@ def _write_shards(
         for file in folder.glob("*.keep.npy"):
             file.unlink()
     index = {
+        "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
         "fingerprint": corpus_fingerprint(tokenizer, digests),
         "n_shards": n_shards,

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.pilot import Case, PilotConfig, pilot
 from benchmarks.pilot_page import pilot_markdown, pilot_page
-from benchmarks.record import record
+from benchmarks.record import read, record
 from mtp.checkpoint import write_text
 from scripts.cli import REPORTS, launch, progress, read_lines
 
@@ -49,7 +49,7 @@ def main(config: PilotConfig) -> None:
     say = partial(print, file=sys.stderr, flush=True)
     values = pilot(config, read_cases(Path(config.prompts)), say, progress("turns"))
     file = record("pilot", values, config, Path(config.out))
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = read(file)
     write_text(file.with_suffix(".html"), pilot_page(kept))
     write_text(file.with_suffix(".md"), pilot_markdown(kept))
     say(f"written: {file.with_suffix('.html')}, and the same as .md and .json")

@@ -22,7 +22,7 @@ LEAVES = {
     *("mtp.records", "mtp.rotary"),
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
     *("mtp.evaluate.scores", "mtp.evaluate.schemas", "mtp.consistency.filters"),
-    "mtp.interop.fetch",
+    *("mtp.interop.fetch", "mtp.versions"),
     *("mtp.tasks.copying", "mtp.tasks.induction", "mtp.tasks.polynomial", "mtp.tasks.star_graph"),
 }
 EXACT = {
@@ -41,6 +41,7 @@ EXACT = {
     "mtp.encoding": {"mtp.records", "mtp.tokenizer"},
     "mtp.data": {
         *("mtp.documents", "mtp.encoding", "mtp.loss", "mtp.records", "mtp.tokenizer"),
+        "mtp.versions",
     },
     "mtp.shards": {
         *("mtp.data", "mtp.documents", "mtp.encoding", "mtp.records", "mtp.tokenizer"),

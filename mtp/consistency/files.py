@@ -31,6 +31,7 @@ from mtp.decode.contract import Request
 from mtp.decode.sampling import Sampling
 from mtp.distributed import from_rank_zero
 from mtp.tokenizer import Tokenizer
+from mtp.versions import check_version
 
 FORMAT_VERSION = 1
 SCHEMA = {"prompt": "[id]", "windows": "[window][state][id]", "length": "tokens of the response"}
@@ -272,16 +273,12 @@ def _read_header(file: Path) -> dict[str, Any]:
         line = lines.readline()
     try:
         header = json.loads(line)
-        version = header["format_version"]
-        if version == FORMAT_VERSION:
+        if header["format_version"] == FORMAT_VERSION:
             str(header["tokenizer"]), str(header["model"]), int(header["window"])
             int(header["first"]), Report(**header["report"]), {**header["settings"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}, line 1: is no header of trajectories ({error!r})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {version}; this release reads {FORMAT_VERSION}"
-        )
+    check_version(header, FORMAT_VERSION, file)
     return header
 
 

@@ -1,7 +1,8 @@
 """Samples on disk: a file of JSON lines per run, which grows line by line and can be gone on with.
 
-The first line says which run it is of, such as the model's hash, what the benchmark says, and the
-settings of sampling; each further line is a `Sample`. A line that a crash cut short is dropped.
+The first line has the format version and says which run it is of, such as the model's hash, what
+the benchmark says, and the settings of sampling; each further line is a `Sample`. A line that a
+crash cut short is dropped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp.checkpoint import write_text
+from mtp.versions import check_version
+
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class SampleFile:
         """ValueError where the file holds another run's samples, or something else."""
         self.path = path
         self.samples: list[Sample] = []
-        header = json.dumps({"run": dict(run)})
+        header = json.dumps({"format_version": FORMAT_VERSION, "run": dict(run)})
         if path.exists():
             found, self.samples = read_samples(path)
             _check_same_run(path, found, json.loads(header)["run"])
@@ -60,9 +64,11 @@ def read_samples(path: Path) -> tuple[dict[str, Any], list[Sample]]:
     """The run and its samples. ValueError names the line that is none, or says what is twice."""
     header, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
     try:
-        run = json.loads(header)["run"]
+        said = json.loads(header)
+        run = said["run"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is no file of samples: line 1 does not name a run") from error
+    check_version(said, FORMAT_VERSION, path)
     samples = []
     for number, line in enumerate(lines, start=2):
         try:

@@ -49,6 +49,7 @@ from mtp.loss import Score
 from mtp.model import Block, ModelConfig, Transformer, Unembedding
 from mtp.packed import Matrix, project, refuse_packed, with_packed_linears
 from mtp.rotary import Rotary
+from mtp.versions import check_version
 
 CONFIG, WEIGHTS = "heads.json", "heads.safetensors"
 FORMAT_VERSION = 1
@@ -378,12 +379,11 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing: the folder holds no heads")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        version, _ = config["format_version"], {**config["trunk"]}
-        int(config["n_future_tokens"]), str(config["kind"])
+        if config["format_version"] == FORMAT_VERSION:
+            int(config["n_future_tokens"]), str(config["kind"]), {**config["trunk"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {version}; this release reads 1")
+    check_version(config, FORMAT_VERSION, file)
     return config
 
 
