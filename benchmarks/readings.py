@@ -104,6 +104,40 @@ def over_baseline(*arms: Any, budget: str = "parameters") -> Callable[[Values], 
     return ours
 
 
+def right_answers(v: Values) -> str:
+    """A study's shares of answers, in every place of its table."""
+    said: dict[str, list[str]] = {}
+    for line in v["table"]:
+        place = dict(line["place"])
+        equal = f"equal {place.pop('budget')}"
+        key = ", ".join([*(f"{k.rpartition('.')[2]} {x}" for k, x in place.items()), equal])
+        share = " to ".join(f"{100 * line[end]:.0f}" for end in ("low", "high"))
+        shown = f"n = {line['arm']} {100 * line['mean']:.0f} % ({share})"
+        said.setdefault(key, []).append(shown)
+    parts = [f"{place}: {', '.join(arms)}" for place, arms in said.items()]
+    return f"right answers, {v['study']['seeds']} seeds: {'; '.join(parts)}"
+
+
+def solves_alone(v: Values, arm: Any) -> bool:
+    """Nine of ten, wherever the baseline fails on more than half."""
+    bad = [line["high"] < 0.5 for line in v["table"] if line["arm"] == 1]
+    good = [line["low"] > 0.9 for line in v["table"] if line["arm"] == arm]
+    return all(bad + good)
+
+
+def helps_small_models_most(v: Values, arm: Any) -> bool:
+    smallest, *_, largest = (line["difference"] for line in v["table"] if line["arm"] == arm)
+    return smallest["low"] > 0 and largest["mean"] < smallest["mean"]
+
+
+def helps_in_every_test(v: Values, arm: Any) -> bool:
+    def means(of: Any) -> list[float]:
+        lines = (line for line in v["table"] if line["arm"] == of)
+        return [test["mean"] for line in lines for test in line["tests"].values()]
+
+    return all(more > one for more, one in zip(means(arm), means(1), strict=True))
+
+
 def signed(difference: Values) -> str:
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"

@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import NormalDist
 
 import pytest
 
 from benchmarks import science
 from benchmarks.claims import CLAIMS
+from benchmarks.readings import right_answers
 from benchmarks.science import STUDIES, ScienceConfig, Study, cells_of, read_study, resolved, table
 from mtp.estimate import estimate
 from mtp.evaluate.scores import over_seeds
@@ -320,9 +321,34 @@ def test_columns_are_means_over_seeds_with_intervals():
     assert (first["mean"], second["mean"]) == (2, 3) and first["low"] < 1.5
 
 
+OF_STUDIES = [c for c in CLAIMS if c.record.startswith("science_")]
+OF_ANSWERS = [c for c in OF_STUDIES if c.ours is right_answers]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize("claim", OF_ANSWERS, ids=lambda c: c.text)
+def test_the_book_reads_how_many_answers_are_right(claim, holds):
+    """Two and four tokens find all that one does not, the larger the model, the less that is; or
+    as many as one.
+    """
+    study = read_study(claim.record.removeprefix("science_"), False)
+    cells = cells_of(study)
+
+    def share(cell):
+        one = 0.3 + 0.1 * ["1m", "3m", "10m"].index(dict(cell.place).get("model", "1m"))
+        return 0.95 if holds and cell.arm != 1 else one + cell.seed / 100
+
+    found = {c: made(share(c), tests=dict.fromkeys(study.tests, share(c))) for c in cells}
+    values = {"study": asdict(study), "table": table(study, cells, found)}
+    values = json.loads(json.dumps(values))
+    assert claim.holds(values) is holds
+    first = claim.ours(values).split(": ", 1)[1]
+    assert "n = 1 31 % (29 to 33), n = 2 " in first
+
+
 @pytest.mark.parametrize("holds", [True, False])
 @pytest.mark.parametrize(
-    "claim", [c for c in CLAIMS if c.record.startswith("science_")], ids=lambda c: c.text
+    "claim", [c for c in OF_STUDIES if c not in OF_ANSWERS], ids=lambda c: c.text
 )
 def test_the_book_reads_what_a_study_writes(claim, holds, monkeypatch):
     """Arms gain with the width, the reverse curriculum most; or none differs from the baseline."""
