@@ -134,15 +134,8 @@ def count_step(
     return live
 
 
-def peak_bytes(
-    config: ModelConfig, way: str, rows: int = 1, dtype: torch.dtype = torch.float32
-) -> int:
-    """The most bytes alive in a step above parameters, gradients and optimizer state."""
-    return count_step(config, way, rows, dtype).peak
-
-
 def allocated_bytes(config: ModelConfig, way: str, rows: int, dtype: torch.dtype) -> int:
-    """The same from CUDA's allocator, in a step after one that warms up. Weights hold whatever
+    """The peak by CUDA's allocator, in a step after one that warms up. Weights hold whatever
     memory held: sizes do not depend on them.
     """
     gc.collect()

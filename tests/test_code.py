@@ -20,7 +20,6 @@ from mtp.evaluate.code import (
     completion_text,
     cut,
     load_benchmark,
-    load_pairs,
     mbpp_problems,
     reference_bits,
     score_by,
@@ -261,20 +260,6 @@ def test_a_chat_answer_may_leave_out_the_heads_imports_but_not_the_function(toy)
     answers = ["def double(x):\n    return x + x\n", "def other(x): ...\n"]
     programs = [problem.program(answer) for answer in answers]
     assert [outcome.verdict for outcome in Runner().run_all(programs)] == ["passed", "failed"]
-
-
-def test_prompts_with_completions_are_read_as_they_stand(tmp_path):
-    file = tmp_path / "summaries.jsonl"
-    lines = [{"prompt": f"{i}: ", "completion": f" {i}\n"} for i in range(3)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    benchmark = load_pairs(file)
-    assert [(p.prompt, p.reference) for p in benchmark.problems] == [
-        (line["prompt"], line["completion"]) for line in lines
-    ]
-    assert "summaries.jsonl, 3 prompts with completions" in benchmark.says
-    file.write_text('{"text": "no pair"}\n')
-    with pytest.raises(ValueError, match="line 1.*prompt_key"):
-        load_pairs(file)
 
 
 # Completions.

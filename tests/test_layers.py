@@ -55,8 +55,7 @@ EXACT = {
     "mtp.objectives": {"mtp.loss"},
     "mtp.evaluate.sql": {"mtp.evaluate.schemas"},
     "mtp.evaluate.code": {
-        *("mtp.decode.contract", "mtp.documents", "mtp.evaluate.sandbox", "mtp.records"),
-        "mtp.tokenizer",
+        *("mtp.decode.contract", "mtp.evaluate.sandbox", "mtp.records", "mtp.tokenizer"),
     },
 }
 SIBLINGS = {"mtp.checkpoint", "mtp.decode.drafters", "mtp.decode.loop"}

@@ -17,7 +17,6 @@ from benchmarks.train_memory import (
     count_step,
     figures,
     measure,
-    peak_bytes,
     table,
     with_heads,
 )
@@ -91,13 +90,15 @@ def test_the_count_without_memory_is_what_the_allocator_hands_out(way):
     unseen = 0
     if WAYS[way].recompute_heads:  # the state of the random numbers at each head's start
         unseen = TINY.n_future_tokens * torch.get_rng_state().nbytes
-    assert 0 <= allocated(TINY, way) - peak_bytes(TINY, way, rows=2) <= unseen
+    assert 0 <= allocated(TINY, way) - count_step(TINY, way, rows=2).peak <= unseen
 
 
 def test_large_shapes_are_counted_without_their_memory():
     config = with_heads(shape("13b"), 4)
     parameters = 13e9
-    assert 0.5 * parameters < peak_bytes(config, "trunk", dtype=torch.bfloat16) < 4 * parameters
+    assert (
+        0.5 * parameters < count_step(config, "trunk", dtype=torch.bfloat16).peak < 4 * parameters
+    )
 
 
 # The promise.
@@ -142,7 +143,7 @@ def test_backward_makes_one_gradient_after_another():
 
 @cache
 def peak(n, whole_trunk, way):
-    return peak_bytes(with_heads(SMALL, n, whole_trunk), way)
+    return count_step(with_heads(SMALL, n, whole_trunk), way).peak
 
 
 def test_the_figures_of_the_trunk_cut():

@@ -16,7 +16,6 @@ from mtp.evaluate.scores import (
     pass_rates,
     pass_table,
     rouge_l,
-    wilson,
     words,
 )
 
@@ -136,19 +135,3 @@ def test_rouge_l_of_nothing_is_nothing():
 
 def test_words_are_of_any_script():
     assert words("The CAT_sat, äöü 42! سلام") == ["the", "cat", "sat", "äöü", "42", "سلام"]
-
-
-@pytest.mark.parametrize("passed, n", [(0, 20), (7, 20), (20, 20), (611, 1000)])
-def test_wilson_ends_where_a_test_of_the_share_would_just_reject(passed, n):
-    share, low, high = wilson(passed, n, level=0.95)
-    assert share == passed / n
-    for end in (low, high):
-        assert abs(share - end) == pytest.approx(
-            1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6
-        )
-
-
-def test_wilson_refuses_what_is_no_share():
-    for passed, n in [(3, 2), (-1, 5), (0, 0)]:
-        with pytest.raises(ValueError, match=f"passed={passed}: allowed: 0 to n={n}"):
-            wilson(passed, n)

@@ -167,7 +167,7 @@ class Sizes(Protocol):
 
 class Target(Protocol):
     """What the loop asks of a model, and `DraftModel` of the one that drafts. A cache has the names
-    of `mtp.model.Cache`.
+    of `mtp.cache.Cache`.
 
     next_layers, rest_layers: attention layers that the next token needs, and that only drafts need.
     extra_heads: how many heads can draft; where there are some, `OwnHeads` asks for more, such as

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp.decode.contract import cut_at
-from mtp.documents import DataConfig, iter_documents
 from mtp.evaluate.sandbox import Sandbox
 from mtp.records import PLAIN_CHAT
 from mtp.tokenizer import Tokenizer
@@ -287,25 +286,6 @@ def _task(row: Row) -> str:
         f"You are an expert Python programmer, and here is your task: {row['text']} "
         f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     )
-
-
-# Prompts with completions that are no programs.
-
-
-def load_pairs(path: str | Path) -> Benchmark:
-    """Prompts and completions from JSON lines, such as articles and their summaries.
-
-    Nothing of them is run: compare what a model writes with `reference`, by `scores.rouge_l`.
-    """
-    config = DataConfig("jsonl", str(path), messages_key=None, text_key=None, val_fraction=0)
-    pairs = [d.segments for d in iter_documents(config, held_out=False)]
-    problems = tuple(
-        Problem(f"pair/{i}", prompt, (), completion, prefix="", tests="")
-        for i, ((prompt, _), (completion, _)) in enumerate(pairs)
-    )
-    digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-    says = f"{Path(path).name}, {len(pairs)} prompts with completions, sha256 {digest[:16]} of them"
-    return Benchmark("pairs", says, problems)
 
 
 # Completions.

@@ -11,7 +11,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,16 +71,6 @@ def interval(
     means = [x[draw(len(x), size=len(x))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(x.mean()), float(low), float(high))
-
-
-def wilson(passed: int, n: int, level: float = 0.95) -> Interval:
-    """Of a share of n problems (Wilson 1927): sound near 0 and 1 too, and without resampling."""
-    if not 0 <= passed <= n or not n:
-        raise ValueError(f"passed={passed}: allowed: 0 to n={n}, which must be at least 1")
-    z, share = NormalDist().inv_cdf((1 + level) / 2), passed / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return Interval(share, middle - half, middle + half)
 
 
 def over_seeds(values: Sequence[float], level: float = 0.9) -> Interval:
