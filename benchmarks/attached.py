@@ -38,11 +38,12 @@ import torch
 from torch import Tensor
 
 import mtp
-from benchmarks.decode import PLAIN, Decoded, Prompts, decode_ours, figures
+from benchmarks.contenders import Decoded, Prompts, decode_ours, figures
 from benchmarks.pictures import decode_panels
 from benchmarks.record import parse, record
 from benchmarks.texts import Judge, coverage, movement, on_text, rows_of
 from benchmarks.timing import take_turns
+from benchmarks.ways import PLAIN
 from mtp.data import Corpus, frequent_tokens, load_corpus
 from mtp.decode.depth import AdaptiveDepth
 from mtp.documents import DataConfig, iter_documents

@@ -47,13 +47,14 @@ from benchmarks.consistency_models import (
     make_models,
     problems_of,
 )
-from benchmarks.decode import PLAIN, Contender, Decoded, decode_ours, figures
+from benchmarks.contenders import Contender, Decoded, decode_ours, figures
 from benchmarks.pictures import consistency_panels
 from benchmarks.record import parse, record
 from benchmarks.task_score import answer, scores
 from benchmarks.tasks import Problem
 from benchmarks.timing import Turns, take_turns
 from benchmarks.trajectory_page import trajectory_page
+from benchmarks.ways import PLAIN
 from mtp.consistency.measures import collocations, measure
 from mtp.consistency.trajectories import Collection, Trajectory
 from mtp.decode.drafters import DraftModel, OwnHeads, PromptLookup

@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 import torch
 
 import mtp
-from benchmarks.decode import Decoded, decode_requests
-from benchmarks.decode import figures as batch_figures
+from benchmarks.contenders import Decoded, decode_requests
+from benchmarks.contenders import figures as batch_figures
 from benchmarks.decoder_ways import (
     LOSSY,
     SAME_TEXT,

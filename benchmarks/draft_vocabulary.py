@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 import mtp
-from benchmarks.decode import Prompts, disturbances
+from benchmarks.contenders import Prompts
+from benchmarks.decode import disturbances
 from benchmarks.record import parse, record
 from benchmarks.shapes import shape
 from benchmarks.texts import coverage, on_text, rows_of

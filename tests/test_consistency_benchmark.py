@@ -11,9 +11,9 @@ import mtp
 from benchmarks import consistency, consistency_models
 from benchmarks.consistency import BenchmarkConfig
 from benchmarks.consistency_models import consistency_run, texts_of, trained
-from benchmarks.decode import PLAIN
 from benchmarks.tasks import questions, write
 from benchmarks.trajectory_page import trajectory_page
+from benchmarks.ways import PLAIN
 from mtp.consistency.filters import FilterConfig
 from mtp.consistency.trajectories import Trajectory
 from mtp.documents import DataConfig

@@ -13,16 +13,12 @@ import benchmarks.draft_vocabulary
 import benchmarks.texts
 import mtp
 from benchmarks.bare import logits_in_passes
+from benchmarks.contenders import BARE, Decoded, figures, heads
 from benchmarks.decode import (
-    BARE,
-    PLAIN,
     DecodeConfig,
-    Decoded,
     bandwidth_limit,
     compare,
     disturbances,
-    figures,
-    heads,
     run,
     sampled_apart,
     summary,
@@ -30,6 +26,7 @@ from benchmarks.decode import (
 from benchmarks.peers import Peer, checked, llama_weights
 from benchmarks.texts import Judge, movement, on_text, path_length, rows_of
 from benchmarks.timing import Turns, take_turns
+from benchmarks.ways import PLAIN
 from mtp.decode.beam import best_tree
 from mtp.decode.contract import Draft, Request
 from mtp.decode.drafters import OwnHeads
@@ -341,7 +338,7 @@ def test_the_last_line_has_the_figures_of_a_trained_model(trained, tmp_path, cap
 
 
 def test_random_weights_of_a_shape_in_bfloat16_without_transformers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.decode.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.contenders.find_spec", lambda name: None)
     monkeypatch.setattr("benchmarks.decode.shape", lambda name: model().config)
     config = replace(TOY, model="toy", precision="bfloat16", name=str(tmp_path / "out"))
     values = run(config)
