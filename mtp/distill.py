@@ -344,7 +344,7 @@ def _comparison(batch: Taught) -> Callable[..., list[float]]:
             same = q.argmax(-1) == p.argmax(-1)
             shared = torch.minimum(q.softmax(-1), p.softmax(-1))
             found = forward_kl(q, p).sum(), shared.sum(), same.sum()
-            sums += torch.stack([x.double() for x in found]).cpu()
+            sums += torch.stack([x.cpu().double() for x in found])
         return sums.tolist()
 
     return score

@@ -51,7 +51,7 @@ def assert_lossless(
         new = [int(token) for token in decode(list(prompt))]
         if not new:
             raise AssertionError(f"prompt {number}: nothing was decoded")
-        scores = logits([*prompt, *new[:-1]])[len(prompt) - 1 :].double()
+        scores = logits([*prompt, *new[:-1]])[len(prompt) - 1 :].cpu().double()
         for place, (token, row) in enumerate(zip(new, scores, strict=True)):
             where = f"prompt {number}, new token {place} (position {len(prompt) + place})"
             if not 0 <= token < len(row):

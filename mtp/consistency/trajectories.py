@@ -24,7 +24,7 @@ import torch
 
 from mtp.decode.contract import Place, Request, chain
 from mtp.decode.loop import check_request, require_memory
-from mtp.decode.sampling import TARGET, Sampling, uniform
+from mtp.decode.sampling import TARGET, Sampling, for_laws, uniform
 
 START, AUGMENT = 3, 4  # purposes of noise, beside those of sampling
 
@@ -112,7 +112,7 @@ class Collection:
         layout = chain(0, starts, columns, self.slots, self.cache.k)
         tokens = self._tensor([row.read()[-columns:] for row in rows])
         latent, _ = self.model.read(tokens, layout, self.cache)
-        logits = self.model.logits(latent)
+        logits = for_laws(self.model.logits(latent))
         place = Place([row.request.seed for row in rows], places, columns)
         noise = self.sampling.noise(place, logits, TARGET)
         choices = self.sampling.scores(logits, noise).argmax(-1).tolist()

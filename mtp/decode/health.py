@@ -18,7 +18,7 @@ from torch import Tensor
 from mtp.decode.contract import Completion, Place, Request
 from mtp.decode.drafters import OwnHeads
 from mtp.decode.loop import generate
-from mtp.decode.sampling import TARGET, Sampling
+from mtp.decode.sampling import TARGET, Sampling, for_laws
 
 # Greedy text of a weak model runs in circles, where every head is right.
 SAMPLING = Sampling(temperature=1.0)
@@ -80,7 +80,7 @@ def health(
 def _logits(model: Any, text: Sequence[int]) -> Tensor:
     """(T, N, V), without caches."""
     ids = torch.tensor([list(text)], device=model.embedding.weight.device)
-    return model(ids, return_all_heads=True)[0]
+    return for_laws(model(ids, return_all_heads=True)[0])
 
 
 def _right(best: Tensor, text: Sequence[int]) -> Tensor:

@@ -109,9 +109,9 @@ class Jacobi:
 def _from_text(state: State, k: int) -> Tensor:
     """Tokens of the text so far (B, k), at random by request and place."""
     place = Place(state.seed, [n + 1 for n in state.length], k)
-    u = uniform(place, 1, FILL, state.text.device)[..., 0]
-    known = torch.tensor(state.length, device=u.device)[:, None] + 1
-    return state.text.gather(1, (u * known).long())
+    u = uniform(place, 1, FILL)[..., 0]  # on the host: not every device has fp64
+    known = torch.tensor(state.length)[:, None] + 1
+    return state.text.gather(1, (u * known).long().to(state.text.device))
 
 
 def _begin_with(first: Draft, tokens: Tensor) -> Draft:
@@ -122,7 +122,7 @@ def _begin_with(first: Draft, tokens: Tensor) -> Draft:
     whole = torch.cat([near, rest], 1)
     if first.probs is None:
         return Draft(whole)
-    certain = F.one_hot(rest, first.probs.shape[-1]).to(first.probs)
+    certain = F.one_hot(rest.to(first.probs.device), first.probs.shape[-1]).to(first.probs)
     return Draft(whole, torch.cat([first.probs, certain], 1))
 
 

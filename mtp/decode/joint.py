@@ -48,10 +48,10 @@ def block_law(
             f"width=None enumerates {vocabulary} ** {length} blocks, more than {MOST_BLOCKS}: "
             f"give the width of a beam"
         )
-    joint = torch.zeros(1, dtype=torch.double, device=device)
+    joint = torch.zeros(1, dtype=torch.double)
     for _ in range(length):
         rows = torch.tensor([[*text, *path] for path in paths], device=device)
-        logp = model(rows)[:, -1].double().log_softmax(-1)
+        logp = model(rows)[:, -1].cpu().double().log_softmax(-1)
         grown = (joint[:, None] + logp).flatten()
         joint, at = grown.topk(min(width or len(grown), len(grown)))
         paths = [(*paths[i // vocabulary], i % vocabulary) for i in at.tolist()]

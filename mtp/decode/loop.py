@@ -32,7 +32,7 @@ from mtp.decode.contract import (
     tree,
 )
 from mtp.decode.depth import DepthPolicy
-from mtp.decode.sampling import Sampling, make_rule
+from mtp.decode.sampling import OnHost, Sampling, lacks_fp64, make_rule
 
 
 def generate(
@@ -137,6 +137,8 @@ class Decoding:
         require_memory(model, rows, self.slots, drafter.needs_memo)
         drafter.begin(rows, self.slots)
         self.cache = model.new_cache(model.next_layers, rows, self.slots)
+        if lacks_fp64(self.cache.k.device):
+            self.rule = OnHost(self.rule)
         device = self.cache.k.device
         text = torch.zeros(rows, self.slots, dtype=torch.long, device=device)
         self.nothing = Draft(text[:, :0])

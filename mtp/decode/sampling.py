@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -338,6 +339,43 @@ RULES: dict[str, Callable[[Sampling], Rule]] = {
     "block": lambda sampling: Rejection(sampling, "block", _as_a_block),
     "joint": Joint,
 }
+
+
+def lacks_fp64(device: torch.device) -> bool:
+    """Where laws cannot be made: Apple's GPUs."""
+    return device.type == "mps"
+
+
+def for_laws(logits: Tensor) -> Tensor:
+    """Where they can be told apart in fp64: as they are, or on the host."""
+    return logits.cpu() if lacks_fp64(logits.device) else logits
+
+
+class OnHost:
+    """A rule for a device without fp64: laws are made, and guesses judged, on the CPU. What goes
+    back is ids, or as little as a tree or a beam is grown by, in fp32; laws of guesses stay.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.lossy = rule, rule.lossy
+
+    def scores(self, logits: Tensor, place: Place, ahead: int = 0) -> Tensor:
+        return self.rule.scores(logits.cpu(), place, ahead).float().to(logits.device)
+
+    def branches(self, logits: Tensor, place: Place, ahead: int) -> tuple[Tensor, Tensor]:
+        weight, luck = self.rule.branches(logits.cpu(), place, ahead)
+        return weight.float().to(logits.device), luck.float().to(logits.device)
+
+    def draw(self, logits: Tensor, place: Place, ahead: int = 0) -> Draft:
+        draft = self.rule.draw(logits.cpu(), place, ahead)
+        return replace(draft, tokens=draft.tokens.to(logits.device))
+
+    def __call__(self, logits: Tensor, draft: Draft, place: Place) -> Verdict:
+        def on(device: Any, *parts: Tensor | None) -> list[Any]:
+            return [None if x is None else x.to(device) for x in parts]
+
+        here = Draft(*on("cpu", draft.tokens, draft.probs, draft.parents, draft.logq))
+        return Verdict(*on(logits.device, *self.rule(logits.cpu(), here, place)))
 
 
 def make_rule(name: str, sampling: Sampling, threshold: float | None = None) -> Rule:

@@ -217,7 +217,7 @@ class HarnessModel(TemplateLM):
             wanted = torch.tensor(ids, device=self._device)
             logp = logits_TV.log_softmax(-1).gather(1, wanted[:, None])
             greedy = bool((logits_TV.argmax(-1) == wanted).all())
-            answers.append((float(logp.double().sum()), greedy))
+            answers.append((float(logp.cpu().double().sum()), greedy))
         return answers
 
     def _read(self, tokens_RT: Tensor) -> Tensor:
