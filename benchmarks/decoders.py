@@ -69,6 +69,7 @@ from benchmarks.ways import (
 from mtp.checkpoint import write_text
 from mtp.decode.drafters import DraftModel, OwnHeads
 from mtp.evaluate.scores import interval
+from mtp.hooks import progress
 from mtp.interop.folder import find_model
 from mtp.run import find_device
 from mtp.train import PRECISIONS
@@ -206,7 +207,7 @@ def race_in_batches(
     }
     contenders = {name: decoder(entry, depths[name]) for name, entry in found.items()}
     take_turns(contenders, before, min(32, new), 1)  # warms up
-    return take_turns(contenders, groups, new, config.rounds), depths
+    return take_turns(contenders, groups, new, config.rounds, progress("turns")), depths
 
 
 # Teacher-forced.

@@ -34,7 +34,6 @@ from mtp.run import find_device
 from mtp.train import PRECISIONS
 
 FEWEST = 16  # prompts: fewer than eight that are measured cannot be this sure of anything
-Tell = Callable[[int, int], object]
 Say = Callable[[str], object]
 
 
@@ -290,8 +289,8 @@ def answer(values: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def pilot(config: PilotConfig, cases: Sequence[Case], say: Say, tell: Tell) -> dict[str, Any]:
-    """Measure; -> plain JSON. say: hears what happens; tell: how many turns of all are taken."""
+def pilot(config: PilotConfig, cases: Sequence[Case], say: Say) -> dict[str, Any]:
+    """Measure; -> plain JSON. say: hears what happens."""
     ready = prepare(config, cases)
     idle = ready.setting.counter and idle_watts(ready.setting.counter)
     per_text = cost(ready, config)
@@ -307,7 +306,7 @@ def pilot(config: PilotConfig, cases: Sequence[Case], say: Say, tell: Tell) -> d
         say(f"{name}: threshold {best.threshold:g}, within the budget")
     of_all = exact_ways(ready.setting, config.sampling) | joint
     entries = {name: (ready.setting, way) for name, way in of_all.items()}
-    turns, depths = race(entries, config.new_tokens, config.rounds, tell)
+    turns, depths = race(entries, config.new_tokens, config.rounds)
     values = decoders(ready, of_all, turns, depths, config.budget, idle)
     return {
         "answer": answer(values),

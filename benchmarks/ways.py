@@ -27,6 +27,7 @@ from benchmarks.tasks import Problem
 from benchmarks.timing import Turns, take_turns
 from mtp.decode.contract import Drafter
 from mtp.decode.loop import check_request
+from mtp.hooks import progress
 from mtp.interop.attach import load_heads
 from mtp.interop.folder import FoundModel, find_model
 from mtp.model import Transformer
@@ -216,13 +217,14 @@ def race(
     of_all: Mapping[str, tuple[Setting, Way]],
     new: int,
     rounds: int,
-    tell: Callable[[int, int], object] = lambda taken, of: None,
 ) -> tuple[Turns[Spent], dict[str, int | None]]:
-    """Turns, and the depth of each way. All settings have the same requests. tell: as `take_turns`
-    says.
-    """
-    depths = {name: fastest_depth(setting, way, new) for name, (setting, way) in of_all.items()}
+    """Turns, and the depth of each way. All settings have the same requests."""
+    depths, tell = {}, progress("ways that have their depth")
+    tell(0, len(of_all))
+    for name, (setting, way) in of_all.items():
+        depths[name] = fastest_depth(setting, way, new)
+        tell(len(depths), len(of_all))
     contenders = {name: contender(*entry, depths[name]) for name, entry in of_all.items()}
     setting, _ = next(iter(of_all.values()))
     take_turns(contenders, setting.requests[:1], min(32, new), 1)  # warms up
-    return take_turns(contenders, setting.measured, new, rounds, tell), depths
+    return take_turns(contenders, setting.measured, new, rounds, progress("turns")), depths

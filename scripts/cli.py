@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -74,26 +73,6 @@ def read_lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no UTF-8 at byte {error.start}") from error
-
-
-def progress(what: str, every: float = 2.0) -> Callable[[int, int], None]:
-    """Tells on stderr how many of all are done, and how long the others will take. To be told that
-    none is done yet starts its clock.
-    """
-    started = told = time.monotonic()
-    first: int | None = None  # of this command, which may go on with another's
-
-    def tell(done: int, total: int) -> None:
-        nonlocal started, told, first
-        now, first = time.monotonic(), done - 1 if first is None else first
-        if not done:
-            started, first = now, 0
-        elif now - told >= every or done == total:
-            told, left = now, int((now - started) / (done - first) * (total - done))
-            said = f"{done}/{total} {what}  {left // 60}:{left % 60:02d} left"
-            print(said, file=sys.stderr)
-
-    return tell
 
 
 def _log_to_stderr() -> None:

@@ -26,11 +26,12 @@ from mtp.consistency.files import Origin, collect_shards
 from mtp.consistency.filters import FilterConfig
 from mtp.documents import DataConfig, iter_documents
 from mtp.encoding import prompt_of
+from mtp.hooks import progress
 from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
-from scripts.cli import launch, progress
+from scripts.cli import launch
 
 
 @dataclass

@@ -22,7 +22,7 @@ from benchmarks.pilot import Case, PilotConfig, pilot
 from benchmarks.pilot_page import pilot_markdown, pilot_page
 from benchmarks.record import read, record
 from mtp.checkpoint import write_text
-from scripts.cli import REPORTS, launch, progress, read_lines
+from scripts.cli import REPORTS, launch, read_lines
 
 
 def read_cases(file: Path) -> list[Case]:
@@ -47,7 +47,7 @@ def _case(line: str, where: str) -> Case:
 
 def main(config: PilotConfig) -> None:
     say = partial(print, file=sys.stderr, flush=True)
-    values = pilot(config, read_cases(Path(config.prompts)), say, progress("turns"))
+    values = pilot(config, read_cases(Path(config.prompts)), say)
     file = record("pilot", values, config, Path(config.out))
     kept = read(file)
     write_text(file.with_suffix(".html"), pilot_page(kept))
