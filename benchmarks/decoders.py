@@ -54,7 +54,7 @@ from benchmarks.figures import LEVEL, beside_plain, figures, measured
 from benchmarks.joint_ways import JointConfig, open_setting, prompts_of
 from benchmarks.record import parse, quicken, read, record
 from benchmarks.texts import draft_on_text, on_text
-from benchmarks.timing import Turns, take_turns
+from benchmarks.timing import Turns, progress, take_turns
 from benchmarks.ways import (
     PLAIN,
     Setting,
@@ -69,7 +69,6 @@ from benchmarks.ways import (
 from mtp.checkpoint import write_text
 from mtp.decode.drafters import DraftModel, OwnHeads
 from mtp.evaluate.scores import interval
-from mtp.hooks import progress
 from mtp.interop.folder import find_model
 from mtp.run import find_device
 from mtp.train import PRECISIONS

@@ -5,6 +5,7 @@ medians of their ratios are reported with quartiles.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -81,6 +82,26 @@ def take_turns(
                 took[name][group].append(seconds(partial(turn, name, group)))
             tell(i * len(groups) + group + 1, rounds * len(groups))
     return Turns(took, done)
+
+
+def progress(what: str, every: float = 2.0) -> Callable[[int, int], None]:
+    """Tells on stderr how many of all are done, and how long the others will take. To be told that
+    none is done yet starts its clock.
+    """
+    started = told = time.monotonic()
+    first: int | None = None  # of this command, which may go on with another's
+
+    def tell(done: int, total: int) -> None:
+        nonlocal started, told, first
+        now, first = time.monotonic(), done - 1 if first is None else first
+        if not done:
+            started, first = now, 0
+        elif now - told >= every or done == total:
+            told, left = now, int((now - started) / (done - first) * (total - done))
+            said = f"{done}/{total} {what}  {left // 60}:{left % 60:02d} left"
+            print(said, file=sys.stderr)
+
+    return tell
 
 
 def spread(values: Sequence[float]) -> list[float]:

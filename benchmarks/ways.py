@@ -24,10 +24,9 @@ from benchmarks.energy import (
 )
 from benchmarks.shapes import shape
 from benchmarks.tasks import Problem
-from benchmarks.timing import Turns, take_turns
+from benchmarks.timing import Turns, progress, take_turns
 from mtp.decode.contract import Drafter
 from mtp.decode.loop import check_request
-from mtp.hooks import progress
 from mtp.interop.attach import load_heads
 from mtp.interop.folder import FoundModel, find_model
 from mtp.model import Transformer

@@ -8,8 +8,7 @@ import resource
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,26 +75,6 @@ def console(progress: Progress) -> None:
     if "val_kl" in m:
         shares = m["val_acceptance"], m["val_agreement"]
         log.info("   held out: KL %.3f, acceptance %.3f, agreement %.3f", m["val_kl"], *shares)
-
-
-def progress(what: str, every: float = 2.0) -> Callable[[int, int], None]:
-    """Tells on stderr how many of all are done, and how long the others will take. To be told that
-    none is done yet starts its clock.
-    """
-    started = told = time.monotonic()
-    first: int | None = None  # of this command, which may go on with another's
-
-    def tell(done: int, total: int) -> None:
-        nonlocal started, told, first
-        now, first = time.monotonic(), done - 1 if first is None else first
-        if not done:
-            started, first = now, 0
-        elif now - told >= every or done == total:
-            told, left = now, int((now - started) / (done - first) * (total - done))
-            said = f"{done}/{total} {what}  {left // 60}:{left % 60:02d} left"
-            print(said, file=sys.stderr)
-
-    return tell
 
 
 def _losses(metrics: dict[str, float]) -> str:

@@ -21,12 +21,12 @@ from typing import Any
 from omegaconf import MISSING
 
 import mtp
+from benchmarks.timing import progress
 from mtp.checkpoint import fingerprint
 from mtp.consistency.files import Origin, collect_shards
 from mtp.consistency.filters import FilterConfig
 from mtp.documents import DataConfig, iter_documents
 from mtp.encoding import prompt_of
-from mtp.hooks import progress
 from mtp.interop.folder import FoundModel, find_model
 from mtp.run import find_device
 from mtp.tokenizer import Tokenizer
