@@ -298,7 +298,9 @@ CLAIMS = (
         JOINT,
         "... of SmolLM2-135M, by heads attached to it",
         "as above",
-        "python -m benchmarks.joint model=FOLDER heads=HEADS text=FILE name=joint_smollm2",
+        "python -m benchmarks.joint model=FOLDER heads=runs/smollm2_heads/heads text=FILE "
+        "precision=bfloat16 name=joint_smollm2 prompts=12 new_tokens=64 rounds=2 "
+        "temperatures=[0.0,0.5,1.0] widths=[1,4] thresholds=[0.1,0.5,0.9] depths=[1,3]",
         "joint_smollm2",
         of_joint,
         lambda v: bool(v["above_exact_curve"]),
