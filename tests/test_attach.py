@@ -251,6 +251,21 @@ def test_the_optimizer_knows_heads_alone():
     assert names == {f"heads.heads.{i}.proj" for i in (1, 2, 3)}
 
 
+@pytest.mark.parametrize("trunk", ["ours", "llama"])
+def test_what_a_frozen_trunk_says_does_not_hang_on_the_precision_of_training(trunk):
+    model = attach_heads(TRUNKS[trunk](), N, "transformer").float()
+    tokens = torch.arange(24).view(2, 12) % VOCAB
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.states(tokens)
+    assert torch.equal(states, model.states(tokens))
+    train(
+        model,
+        own_texts(TRUNKS[trunk]()),
+        MultiTokenLoss(N),
+        replace(settings(2), precision="bfloat16"),
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_of_a_half_precision_trunk_learn_in_full_precision(kind):
     base = CausalLM(tiny_of("llama").bfloat16())

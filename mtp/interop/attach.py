@@ -147,11 +147,12 @@ class AttachedHeads(nn.Module):
 
     @torch.no_grad()
     def _frozen_states(self, tokens: Tensor) -> Tensor:
-        """As decoding reads a prompt."""
+        """As decoding reads a prompt: in the trunk's own type, whatever its heads learn in."""
         (rows, length), model = tokens.shape, self.trunk.model
         cache = self._new_cache(self.next_layers, rows, length)
         layout = chain(0, [0] * rows, length, length, self.embedding.weight)
-        return self.trunk.norm(model.read(tokens, layout, cache)[0])
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.trunk.norm(model.read(tokens, layout, cache)[0])
 
     def identity(self) -> dict[str, Any]:
         """What tells the trunk from others, see `describe`."""
