@@ -55,8 +55,8 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
         assert done.returncode == 0, (line, done.stderr.decode())
 
 
-def test_readme_names_every_module() -> None:
-    tree = blocks("README.md", "text")
+def test_the_list_of_files_names_every_module() -> None:
+    tree = blocks("CONTRIBUTING.md", "text")
     modules = [p.name for p in (ROOT / "mtp").rglob("*.py") if p.name != "__init__.py"]
     assert [name for name in modules if name not in tree] == []
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -228,3 +229,31 @@ def test_every_module_and_benchmark_imports_with_torch_and_numpy_alone():
     )
     needs = "the harness needs, in a checkout: pip install '.[lm-eval]'"
     assert done.stdout == f"all imported\n{needs}\n", done.stderr
+
+
+# The picture in README.
+
+
+def floors():
+    """Modules from the top floor down, as README has them. A folder stands for all in it."""
+    picture = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    for floor in picture[1].split("    |\n"):
+        words = [word for line in floor.splitlines() for word in line[:60].split()]
+        yield {
+            module
+            for word in words
+            for module in INNER
+            if module == f"mtp.{word}" or word[-1] == "/" and module.startswith(f"mtp.{word[:-1]}.")
+        }
+
+
+def test_the_house_in_readme_is_the_one_that_stands():
+    """Who imports nothing of ours stands on the ground, wherever its file lies."""
+    top_down = list(floors())
+    assert sorted(module for floor in top_down for module in floor) == sorted(INNER)
+    ground = {module for module in INNER if not ours(INNER[module]) & INNER.keys()}
+    below = set(ground)
+    for floor in reversed(top_down):
+        below |= floor
+        for module in floor:
+            assert ours(INNER[module]) & INNER.keys() <= below, module
