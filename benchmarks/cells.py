@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,19 @@ def call(script: str, *words: str, capture: bool = False) -> str:
     if done.returncode:
         raise SystemExit(f"error: the run ended with status {done.returncode}: {' '.join(words)}")
     return done.stdout if capture else ""
+
+
+def pieces_word(pieces: int, words: Sequence[str], folder: Path) -> str:
+    """What trains on so many pieces of SentencePiece, made once of what those of `words` say that
+    begin with data.
+    """
+    file = folder / f"pieces{pieces}.model"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        data = [word for word in words if word.startswith("data")]
+        where = f"out={json.dumps(str(file.resolve()))}"
+        call("train_tokenizer", where, f"vocab_size={pieces}", *data)
+    return f"data.tokenizer={json.dumps(str(file))}"
 
 
 def kept(folder: Path, identity: Values, make: Callable[[], Values]) -> Values:

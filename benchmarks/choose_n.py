@@ -49,7 +49,7 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.cells import Values, call
+from benchmarks.cells import Values, pieces_word
 from benchmarks.intervals import choice_panels
 from benchmarks.record import ROOT, parse, record
 from benchmarks.science import Cell, Study, composed, operations, resolved, trained
@@ -186,7 +186,7 @@ def grid_of(name: str, setting: Setting, plan: Plan, config: ChooseConfig) -> Gr
     folder = Path(config.out, Path(config.settings).stem, name)
     words = [*setting.words, *config.words]
     if setting.pieces is not None:
-        words.append(f"data.tokenizer={json.dumps(str(tokenizer(setting, folder)))}")
+        words.append(pieces_word(setting.pieces, setting.words, folder))
     grid = Grid(name, setting.metrics, tuple(words), plan, folder)
     for n in plan.ns:
         try:
@@ -199,16 +199,6 @@ def grid_of(name: str, setting: Setting, plan: Plan, config: ChooseConfig) -> Gr
         if data.source != "task" and "accuracy" in setting.metrics:
             raise SystemExit(f"error: {name}: accuracy is of a task: its data.source={data.source}")
     return grid
-
-
-def tokenizer(setting: Setting, folder: Path) -> Path:
-    file = folder / f"pieces{setting.pieces}.model"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        data = [word for word in setting.words if word.startswith("data")]
-        where = f"out={json.dumps(str(file.resolve()))}"
-        call("train_tokenizer", where, f"vocab_size={setting.pieces}", *data)
-    return file
 
 
 # Rules.

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mtp
-from benchmarks.cells import Values, as_words, call, kept
+from benchmarks.cells import Values, as_words, call, kept, pieces_word
 from benchmarks.pictures import study_panels
 from benchmarks.record import ROOT, parse, record
 from mtp.checkpoint import find, load_config
@@ -46,6 +46,7 @@ from mtp.run import METRICS, data_of
 from mtp.tokenizer import load_tokenizer
 from mtp.train import TrainConfig
 
+PIECES = "pieces"  # an axis
 STUDIES = ROOT / "configs" / "study"
 _train = partial(call, "train")
 
@@ -69,10 +70,11 @@ class ScienceConfig:
 
 @dataclass
 class Study:
-    """arms: one key with its values, or names with the keys of each. measure: a key of
-    metrics.jsonl. columns: more of its keys that the table has beside it. tests: task_args of other
-    problems that every finished model is asked, by a name. quick: what is otherwise with
-    quick=true, the same direction in minutes.
+    """arms: one key with its values, or names with the keys of each. axes: keys with their values;
+    `pieces` is for how many of SentencePiece, made of what `words` say of data, null for bytes.
+    measure: a key of metrics.jsonl. columns: more of its keys that the table has beside it. tests:
+    task_args of other problems that every finished model is asked, by a name. quick: what is
+    otherwise with quick=true, the same direction in minutes.
     """
 
     question: str
@@ -163,7 +165,8 @@ class Cell(NamedTuple):
     folder: str
 
 
-def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
+def cells_of(study: Study, words: Sequence[str] = (), out: str = "runs/science") -> list[Cell]:
+    """out: where tokenizers are made."""
     keys_of, cells = study.keys_of, []
     first, *_ = keys_of.values()
     experiment = [f"experiment={study.experiment}"] if study.experiment else []
@@ -171,7 +174,8 @@ def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
         range(study.seeds), study.budgets, _each(study.axes), _each(study.tuned), keys_of
     )
     for seed, budget, setting, tuned, arm in grid:
-        common = [*experiment, *study.words, *words, *as_words(setting)]
+        said_of_all = [*study.words, *words]
+        common = [*experiment, *said_of_all, *_words_of(setting, said_of_all, Path(out))]
         baseline, own = ([*common, *as_words(keys)] for keys in (first, keys_of[arm]))
         chosen = [*as_words(tuned), *BUDGETS[budget](study, baseline, own)]
         seeds = [f"train.seed={seed}", f"data.seed={seed}"]
@@ -182,6 +186,12 @@ def cells_of(study: Study, words: Sequence[str] = ()) -> list[Cell]:
         every = (*own, *chosen, *seeds)
         cells.append(Cell(arm, place, tuple(tuned.items()), seed, every, folder))
     return cells
+
+
+def _words_of(setting: Values, words: Sequence[str], out: Path) -> list[str]:
+    said = as_words({key: value for key, value in setting.items() if key != PIECES})
+    pieces = setting.get(PIECES)
+    return said if pieces is None else [*said, pieces_word(pieces, words, out)]
 
 
 def _each(values: Mapping[str, list]) -> list[Values]:
@@ -351,7 +361,7 @@ def run(config: ScienceConfig) -> Values:
         study = replace(study, budgets=config.budgets or study.budgets)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    cells = cells_of(study, config.words)
+    cells = cells_of(study, config.words, config.out)
     found = {}
     for number, cell in enumerate(cells, 1):
         print(f"cell {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)

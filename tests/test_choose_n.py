@@ -143,20 +143,6 @@ def test_a_choice_alone_trains_no_grid(tmp_path, trainings):
     assert "inside" not in line and not (tmp_path / "found.png").exists()
 
 
-def test_pieces_are_made_once(tmp_path, monkeypatch):
-    said = []
-
-    def call(script, out, *words):
-        said.append([script, *words])
-        (tmp_path / "o" / "whole" / "x" / "pieces300.model").write_text("")
-
-    monkeypatch.setattr(choose_n, "call", call)
-    setting = Setting(["bits"], ["data=stdlib", "model.dim=8"], 300)
-    for _ in range(2):
-        choose_n.tokenizer(setting, tmp_path / "o" / "whole" / "x")
-    assert said == [["train_tokenizer", "vocab_size=300", "data=stdlib"]]
-
-
 # The judgement.
 
 
@@ -205,7 +191,7 @@ def test_a_rule_has_to_do_better_than_every_constant():
 @pytest.mark.parametrize("name", [file.stem for file in SETTINGS.glob("*.yaml")])
 def test_every_shipped_file_composes_into_runs(name, tmp_path, monkeypatch):
     """Pieces stand in for bytes: their tokenizer is not made here."""
-    monkeypatch.setattr(choose_n, "tokenizer", lambda setting, folder: "bytes")
+    monkeypatch.setattr(choose_n, "pieces_word", lambda *_: "data.tokenizer=bytes")
     plan = read_plan(name)
     for key, setting in plan.settings.items():
         grid = grid_of(key, setting, plan, ChooseConfig(name))

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import pytest
 
-from benchmarks import science
+from benchmarks import cells, science
 from benchmarks.claims import CLAIMS
 from benchmarks.readings import right_answers
 from benchmarks.science import STUDIES, ScienceConfig, Study, cells_of, read_study, resolved, table
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from scripts.cli import CONFIGS, register  # noqa: E402
 
 HEADS = "model.n_future_tokens"
-CORPUS = ("sizes", "bytes", "weights", "objectives")
+CORPUS = ("sizes", "bytes", "weights", "objectives", "vocabulary")
 SMALL = ["model.dim=16", "model.n_layers=5", "train.steps=100"]
 STUDY = Study(
     "Does it?",
@@ -76,11 +76,30 @@ def test_every_shipped_study_has_a_grid_and_a_quick_one_in_its_direction():
         assert next(iter(arms)) == next(iter(fewer))
 
 
+def test_pieces_are_made_once(tmp_path, monkeypatch):
+    said = []
+
+    def call(script, out, *words):
+        said.append([script, *words])
+        (tmp_path / "pieces300.model").write_text("")
+
+    monkeypatch.setattr(cells, "call", call)
+    study = replace(STUDY, axes={"pieces": [None, 300]}, words=[*SMALL, "data=stdlib"])
+    found = cells_of(study, out=str(tmp_path))
+    assert said == [["train_tokenizer", "vocab_size=300", "data=stdlib"]]
+    trained_on = {dict(c.place)["pieces"]: [w for w in c.words if "tokenizer" in w] for c in found}
+    assert trained_on == {None: [], 300: [f'data.tokenizer="{tmp_path}/pieces300.model"']}
+    assert len({c.folder for c in found}) == len(found)
+
+
 @pytest.mark.parametrize("name", CORPUS)
-def test_studies_of_a_corpus_begin_with_the_next_token_and_are_equal_in_parameters(name):
+def test_studies_of_a_corpus_begin_with_the_next_token_and_are_equal_in_parameters(
+    name, monkeypatch
+):
     """A composed run for every arm at every width, quick and whole; what is no block adds a tenth
-    at most, which the record says.
+    at most, which the record says. Pieces stand in for bytes: their tokenizer is not made here.
     """
+    monkeypatch.setattr(science, "pieces_word", lambda *_: "data.tokenizer=bytes")
     for study in (read_study(name, quick) for quick in (False, True)):
         sizes = {}
         cells = cells_of(replace(study, budgets=["parameters"]))
