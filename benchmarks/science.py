@@ -71,7 +71,7 @@ class ScienceConfig:
 @dataclass
 class Study:
     """arms: one key with its values, or names with the keys of each. axes: keys with their values;
-    `pieces` is for how many of SentencePiece, made of what `words` say of data, null for bytes.
+    `pieces` is for how many of SentencePiece, made of what `words` say of data, or bytes.
     measure: a key of metrics.jsonl. columns: more of its keys that the table has beside it. tests:
     task_args of other problems that every finished model is asked, by a name. quick: what is
     otherwise with quick=true, the same direction in minutes.
@@ -190,8 +190,8 @@ def cells_of(study: Study, words: Sequence[str] = (), out: str = "runs/science")
 
 def _words_of(setting: Values, words: Sequence[str], out: Path) -> list[str]:
     said = as_words({key: value for key, value in setting.items() if key != PIECES})
-    pieces = setting.get(PIECES)
-    return said if pieces is None else [*said, pieces_word(pieces, words, out)]
+    pieces = setting.get(PIECES, "bytes")
+    return said if pieces == "bytes" else [*said, pieces_word(pieces, words, out)]
 
 
 def _each(values: Mapping[str, list]) -> list[Values]:

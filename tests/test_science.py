@@ -84,11 +84,11 @@ def test_pieces_are_made_once(tmp_path, monkeypatch):
         (tmp_path / "pieces300.model").write_text("")
 
     monkeypatch.setattr(cells, "call", call)
-    study = replace(STUDY, axes={"pieces": [None, 300]}, words=[*SMALL, "data=stdlib"])
+    study = replace(STUDY, axes={"pieces": ["bytes", 300]}, words=[*SMALL, "data=stdlib"])
     found = cells_of(study, out=str(tmp_path))
     assert said == [["train_tokenizer", "vocab_size=300", "data=stdlib"]]
     trained_on = {dict(c.place)["pieces"]: [w for w in c.words if "tokenizer" in w] for c in found}
-    assert trained_on == {None: [], 300: [f'data.tokenizer="{tmp_path}/pieces300.model"']}
+    assert trained_on == {"bytes": [], 300: [f'data.tokenizer="{tmp_path}/pieces300.model"']}
     assert len({c.folder for c in found}) == len(found)
 
 
