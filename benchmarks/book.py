@@ -29,6 +29,17 @@ def book(folder: Path) -> Iterator[str]:
         yield "|---|---|---|---|---|---|\n"
         for claim in claims:
             yield row(claim, folder)
+    yield "\n## Every decoder in one table\n\n"
+    for file in sorted(folder.glob("decoders*.json")):
+        if not file.stem.endswith("_quick"):
+            yield decoders(file)
+
+
+def decoders(file: Path) -> str:
+    entry, name = read(file), file.stem
+    model = Path(entry["config"]["model"]).name
+    where = f"{entry['hardware']}, {entry['date']}, {entry['commit']}"
+    return f"- {model}: [table]({name}.md), [picture]({name}.png), [record]({name}.json), {where}\n"
 
 
 def row(claim: Claim, folder: Path) -> str:
