@@ -28,7 +28,6 @@ Intervals are percentiles of the bootstrap over batches, 90 %. The last line is 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,8 @@ from torch import Tensor
 
 import mtp
 from benchmarks.intervals import interval_panels
-from benchmarks.record import parse, record
+from benchmarks.pictures import drawn
+from benchmarks.record import launch, record
 from mtp.checkpoint import find, load_config
 from mtp.data import Batches, load_corpus
 from mtp.evaluate.scores import interval
@@ -303,13 +303,9 @@ def run(config: AlignmentConfig) -> Values:
     path = record(config.name, values, config)
     title = f"What {n} heads ask of their trunk, on held-out text"
     note = f"{config.batches} batches; lines are 90 % intervals"
-    interval_panels(title, panels(values), note, path.with_suffix(".png"))
+    drawn(interval_panels, title, panels(values), note, path.with_suffix(".png"))
     return values
 
 
-def main() -> None:
-    print(json.dumps(run(parse(AlignmentConfig, sys.argv[1:]))))
-
-
 if __name__ == "__main__":
-    main()
+    launch(AlignmentConfig, run)

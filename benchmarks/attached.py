@@ -22,9 +22,7 @@ The last line is one JSON object, of the kind that foresees most of the trunk's 
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +37,8 @@ from torch import Tensor
 
 import mtp
 from benchmarks.contenders import Decoded, Prompts, decode_ours, figures
-from benchmarks.pictures import decode_panels
-from benchmarks.record import parse, record
+from benchmarks.pictures import decode_panels, drawn
+from benchmarks.record import launch, record
 from benchmarks.texts import Judge, coverage, movement, on_text, rows_of
 from benchmarks.timing import take_turns
 from benchmarks.ways import PLAIN
@@ -285,9 +283,9 @@ def run(config: AttachedConfig) -> dict[str, Any]:
     values = summary(values) | values | {"load_before": round(load, 2)}
     path = record(config.name, values, config)
     panels = {f"text of {t}": found for t, found in values["decoded"].items()}
-    decode_panels(panels, path.with_suffix(".png"))
+    drawn(decode_panels, panels, path.with_suffix(".png"))
     return summary(values)
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(AttachedConfig, sys.argv[1:]))))
+    launch(AttachedConfig, run)

@@ -51,7 +51,8 @@ from typing import NamedTuple
 
 from benchmarks.cells import Values, pieces_word
 from benchmarks.intervals import choice_panels
-from benchmarks.record import ROOT, parse, record
+from benchmarks.pictures import drawn
+from benchmarks.record import ROOT, launch, record
 from benchmarks.science import Cell, Study, composed, operations, resolved, trained
 from mtp.documents import DataConfig
 from mtp.evaluate.scores import over_seeds
@@ -350,16 +351,9 @@ def run(config: ChooseConfig) -> Values:
     values |= verdict(table, plan.ns) if config.grid else {}
     written = record(config.name, values, config)
     if config.grid:
-        try:
-            choice_panels(table, written.with_suffix(".png"))
-        except ImportError:
-            print("no plot: matplotlib is not installed", file=sys.stderr)
+        drawn(choice_panels, table, written.with_suffix(".png"))
     return values | {"table": [{k: v for k, v in x.items() if k != "grid"} for x in table]}
 
 
-def main() -> None:
-    print(json.dumps(run(parse(ChooseConfig, sys.argv[1:]))))
-
-
 if __name__ == "__main__":
-    main()
+    launch(ChooseConfig, run)

@@ -24,7 +24,6 @@ last line is one JSON object.
 from __future__ import annotations
 
 import hashlib
-import json
 import string
 import sys
 from dataclasses import dataclass
@@ -38,8 +37,8 @@ if not __package__:  # run by its path: this folder's code.py must not hide Pyth
 import mtp
 from benchmarks.code_report import figures, markdown
 from benchmarks.code_samples import Cell, Progress, draw
-from benchmarks.pictures import pass_panels
-from benchmarks.record import parse, quicken, record
+from benchmarks.pictures import drawn, pass_panels
+from benchmarks.record import launch, quicken, record
 from benchmarks.subjects import Subject, subject
 from mtp.checkpoint import write_text
 from mtp.evaluate import micro
@@ -267,16 +266,11 @@ def write(cells: list[Cell], values: dict[str, Any], config: CodeConfig) -> None
     text = markdown(values)
     write_text(path.with_suffix(".md"), text)
     print(text)
-    try:
-        pass_panels(values["benchmark"], values["cells"], path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    drawn(pass_panels, values["benchmark"], values["cells"], path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(run(parse(CodeConfig, sys.argv[1:]))))
-    except (ValueError, OSError, ImportError) as problem:
-        raise SystemExit(f"error: {problem}") from problem
+        launch(CodeConfig, run)
     except KeyboardInterrupt:
         raise SystemExit("stopped: the same command goes on from here") from None

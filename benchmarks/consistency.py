@@ -24,11 +24,9 @@ Beside the figures it writes a picture and a page of trajectories. The last line
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -48,8 +46,8 @@ from benchmarks.consistency_models import (
     problems_of,
 )
 from benchmarks.contenders import Contender, Decoded, decode_ours, figures
-from benchmarks.pictures import consistency_panels
-from benchmarks.record import parse, record
+from benchmarks.pictures import consistency_panels, drawn
+from benchmarks.record import launch, record
 from benchmarks.task_score import answer, scores
 from benchmarks.tasks import Problem
 from benchmarks.timing import Turns, take_turns
@@ -269,10 +267,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     whole = line | {"load_before": round(load, 2), "costs": made.costs, **values}
     path = record(config.name, whole, config)
     write_page(made, paths, path.with_suffix(".html"))
-    try:
-        consistency_panels(values["decoding"], path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    drawn(consistency_panels, values["decoding"], path.with_suffix(".png"))
     return line
 
 
@@ -284,4 +279,4 @@ def write_page(made: Models, paths: Mapping[str, Sequence[Trajectory]], path: Pa
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # of the trainings
-    print(json.dumps(run(parse(BenchmarkConfig, sys.argv[1:]))))
+    launch(BenchmarkConfig, run)

@@ -7,16 +7,15 @@ The stub spends on every batch what a model of that speed would. The last line i
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record import parse, record
+from benchmarks.record import launch, record
 from mtp.data import Batches, load_corpus
 from mtp.documents import DataConfig
 from mtp.loss import Batch, Metrics
@@ -56,8 +55,7 @@ class TakesTime:
         return loss, {"loss_1": (loss.detach(), torch.ones(()))}
 
 
-def main() -> None:
-    config = parse(WaitConfig, sys.argv[1:])
+def run(config: WaitConfig) -> dict[str, Any]:
     torch.set_num_threads(1)
     corpus = load_corpus(DataConfig(val_fraction=0.01), load_tokenizer("bytes"), held_out=False)
     batches = Batches(corpus, config.seq_len, config.n_future_tokens, config.batch_size)
@@ -72,8 +70,8 @@ def main() -> None:
     train(Stub(), batches, loss, training, hooks=[note])
     figures = {"data_wait": median(waits), "data_wait_min_max": [min(waits), max(waits)]}
     record("data_wait", figures, config)
-    print(json.dumps(figures))
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    launch(WaitConfig, run)

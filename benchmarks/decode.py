@@ -27,9 +27,7 @@ line is one JSON object; heads stand there at full depth and at the first batch 
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -51,8 +49,8 @@ from benchmarks.contenders import (
     ours,
     peers,
 )
-from benchmarks.pictures import decode_panels
-from benchmarks.record import parse, record
+from benchmarks.pictures import decode_panels, drawn
+from benchmarks.record import launch, record
 from benchmarks.shapes import shape
 from benchmarks.texts import Judge, OnText, on_text, rows_of
 from benchmarks.timing import copy_bandwidth, fastest_threads, take_turns
@@ -289,13 +287,10 @@ def run(config: DecodeConfig) -> dict[str, Any]:
     values = summary(found, model.extra_heads)
     values |= {"bandwidth": bandwidth_limit(model, found), "disturbed": disturbances(load, found)}
     path = record(config.name, values | {"load_before": round(load, 2), "batches": found}, config)
-    try:
-        panels = {f"batch {rows}": of_all for rows, of_all in found.items()}
-        decode_panels(panels, path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    panels = {f"batch {rows}": of_all for rows, of_all in found.items()}
+    drawn(decode_panels, panels, path.with_suffix(".png"))
     return values
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(DecodeConfig, sys.argv[1:]))))
+    launch(DecodeConfig, run)

@@ -24,9 +24,7 @@ stand for it. Beside the record it writes a picture and a table (.png, .md). The
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +50,8 @@ from benchmarks.decoders_report import decoder_bars, decoders_markdown
 from benchmarks.energy import idle_watts
 from benchmarks.figures import LEVEL, beside_plain, figures, measured
 from benchmarks.joint_ways import JointConfig, open_setting, prompts_of
-from benchmarks.record import parse, quicken, read, record
+from benchmarks.pictures import drawn
+from benchmarks.record import launch, quicken, read, record
 from benchmarks.texts import draft_on_text, on_text
 from benchmarks.timing import Turns, progress, take_turns
 from benchmarks.ways import (
@@ -349,12 +348,9 @@ def run(config: DecodersConfig) -> dict[str, Any]:
     text = decoders_markdown(kept)
     print(text)
     write_text(path.with_suffix(".md"), text)
-    try:
-        decoder_bars(kept, path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    drawn(decoder_bars, kept, path.with_suffix(".png"))
     return line
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(DecodersConfig, sys.argv[1:]))))
+    launch(DecodersConfig, run)

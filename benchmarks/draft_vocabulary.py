@@ -14,9 +14,7 @@ heads that know the rows, says what perfect ones lose. Last comes JSON of the fi
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -29,7 +27,7 @@ import torch
 import mtp
 from benchmarks.contenders import Prompts
 from benchmarks.decode import disturbances
-from benchmarks.record import parse, record
+from benchmarks.record import launch, record
 from benchmarks.shapes import shape
 from benchmarks.texts import coverage, on_text, rows_of
 from benchmarks.timing import fastest_threads, seconds, spread
@@ -147,4 +145,4 @@ def run(config: VocabularyConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(VocabularyConfig, sys.argv[1:]))))
+    launch(VocabularyConfig, run)

@@ -19,9 +19,7 @@ line is JSON.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,7 +35,8 @@ from benchmarks.figures import figures as way_figures
 from benchmarks.joint_measures import against, perplexity
 from benchmarks.joint_pictures import draft_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare
-from benchmarks.record import parse, quicken, record
+from benchmarks.pictures import drawn
+from benchmarks.record import launch, quicken, record
 from benchmarks.ways import PLAIN, Setting, Way, race
 from mtp.decode.drafters import BeamModel, DraftModel
 from mtp.divergence import forward_kl
@@ -202,10 +201,7 @@ def run(config: DraftsConfig) -> dict[str, Any]:
         "drift": drift(domains),
     }
     path = record(config.name, line | {"domains": domains, "load_before": round(load, 2)}, config)
-    try:
-        draft_panels(domains, path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    drawn(draft_panels, domains, path.with_suffix(".png"))
     return line
 
 
@@ -222,4 +218,4 @@ def best(drafts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(DraftsConfig, sys.argv[1:]))))
+    launch(DraftsConfig, run)

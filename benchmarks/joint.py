@@ -32,9 +32,7 @@ every position that it reads, the most it can. The last line is JSON.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,8 @@ from benchmarks.figures import LEVEL, figures, measured
 from benchmarks.joint_measures import Measured, compared, distinct, front
 from benchmarks.joint_pictures import joint_panels
 from benchmarks.joint_ways import EXACT, JOINT, JointConfig, prepare, ways
-from benchmarks.record import parse, record
+from benchmarks.pictures import drawn
+from benchmarks.record import launch, record
 from benchmarks.ways import Setting, Way, race
 from mtp.run import find_device
 
@@ -168,12 +167,9 @@ def run(config: JointConfig) -> dict[str, Any]:
         "idle_watts": idle,
     }
     path = record(config.name, line | more | values, config)
-    try:
-        joint_panels(values["points"], measures, path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    drawn(joint_panels, values["points"], measures, path.with_suffix(".png"))
     return line
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(JointConfig, sys.argv[1:]))))
+    launch(JointConfig, run)

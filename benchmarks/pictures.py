@@ -5,6 +5,7 @@ what.
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, product
 from pathlib import Path
@@ -23,6 +24,14 @@ pre { font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: bre
 .prompt { color: #8a93a3 } small { color: #5c6675 }
 i { font-style: normal; border-radius: 2px }
 """
+
+
+def drawn(draw: Callable[..., object], *what: Any) -> None:
+    """A picture of what a record says: where matplotlib is missing, a benchmark ends without."""
+    try:
+        draw(*what)
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -12,11 +12,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -108,15 +108,35 @@ def _value(text: str, hint: Any, key: str) -> Any:
     if hint is str:
         return text
     try:
-        value = json.loads(text.lower() if text in ("True", "False") else text)
-        if hint is float and type(value) is int:
-            value = float(value)
-        if isinstance(hint, type) and type(value) is not hint:
-            raise ValueError
+        return _as(hint, json.loads(text.lower() if text in ("True", "False") else text))
     except ValueError:
-        wanted = getattr(hint, "__name__", hint)
+        wanted = hint if get_args(hint) else hint.__name__
         raise SystemExit(f"error: {key}={text!r} is no value of type {wanted}") from None
-    return value
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """A JSON value as the type that it has to be of; ValueError where it is of another."""
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not (get_origin(hint) or hint):
+        raise ValueError
+    *_, inner = get_args(hint) or [None]
+    if inner is None:
+        return value
+    if isinstance(value, dict):  # whose keys are text in JSON
+        return {key: _as(inner, each) for key, each in value.items()}
+    return [_as(inner, each) for each in value]
+
+
+def launch(kind: type[T], run: Callable[[T], Any]) -> None:
+    """What `python -m benchmarks.NAME` does: the last line is what `run` makes of the words, as
+    JSON. What goes wrong ends in one line.
+    """
+    try:
+        print(json.dumps(run(parse(kind, sys.argv[1:]))))
+    except (ValueError, OSError, ImportError) as error:
+        said = str(error).replace("\n", " ")
+        raise SystemExit(f"error: {said}") from error
 
 
 def quicken(config: Any, smaller: Mapping[str, Any]) -> None:

@@ -43,7 +43,8 @@ import torch
 import mtp
 from benchmarks.cells import Values, as_words, call, kept
 from benchmarks.intervals import interval_panels
-from benchmarks.record import parse, quicken, record
+from benchmarks.pictures import drawn
+from benchmarks.record import launch, quicken, record
 from benchmarks.texts import rows_of
 from mtp.data import load_corpus
 from mtp.documents import iter_documents
@@ -340,7 +341,8 @@ def run(config: RetrofitConfig) -> Values:
         }
         for measure in MEASURES
     }
-    interval_panels(
+    drawn(
+        interval_panels,
         "Heads trained from the start and heads attached afterwards",
         panels,
         f"{config.seeds} seeds; lines are 90 % intervals",
@@ -349,9 +351,5 @@ def run(config: RetrofitConfig) -> Values:
     return summary(values)
 
 
-def main() -> None:
-    print(json.dumps(run(parse(RetrofitConfig, sys.argv[1:]))))
-
-
 if __name__ == "__main__":
-    main()
+    launch(RetrofitConfig, run)

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 
 import mtp
 from benchmarks.cells import Values, as_words, call, kept, pieces_word
-from benchmarks.pictures import study_panels
-from benchmarks.record import ROOT, parse, record
+from benchmarks.pictures import drawn, study_panels
+from benchmarks.record import ROOT, launch, record
 from mtp.checkpoint import find, load_config
 from mtp.estimate import estimate
 from mtp.evaluate.scores import Interval, over_seeds
@@ -59,9 +59,9 @@ class ScienceConfig:
 
     study: str = "star_graph"
     quick: bool = False
-    budgets: list = field(default_factory=list)
+    budgets: list[str] = field(default_factory=list)
     out: str = "runs/science"
-    words: list = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
     name: str = ""  # of the record
 
     def __post_init__(self) -> None:
@@ -356,11 +356,8 @@ def verdict(difference: Interval, higher: bool) -> str:
 
 def run(config: ScienceConfig) -> Values:
     """Train what is missing, write the record and the picture; -> the last line."""
-    try:
-        study = read_study(config.study, config.quick)
-        study = replace(study, budgets=config.budgets or study.budgets)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    study = read_study(config.study, config.quick)
+    study = replace(study, budgets=config.budgets or study.budgets)
     cells = cells_of(study, config.words, config.out)
     found = {}
     for number, cell in enumerate(cells, 1):
@@ -370,10 +367,7 @@ def run(config: ScienceConfig) -> Values:
     every = [{"cell": cell.folder, **found[cell]} for cell in cells]
     values = {"study": asdict(study), "table": lines, "cells": every}
     written = record(config.name, values, config)
-    try:
-        study_panels(study.question, study.measure, lines, written.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    drawn(study_panels, study.question, study.measure, lines, written.with_suffix(".png"))
     kept = (
         *("place", "arm", "tuned", "mean", "low", "high", "difference", "verdict", "tests"),
         *("columns", "parameters"),
@@ -382,9 +376,5 @@ def run(config: ScienceConfig) -> Values:
     return {"study": config.study, "measure": study.measure, "seeds": study.seeds, "table": shown}
 
 
-def main() -> None:
-    print(json.dumps(run(parse(ScienceConfig, sys.argv[1:]))))
-
-
 if __name__ == "__main__":
-    main()
+    launch(ScienceConfig, run)

@@ -10,8 +10,6 @@ intervals are of 95 %.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 import mtp
-from benchmarks.record import parse
+from benchmarks.record import launch
 from benchmarks.tasks import TASKS, Problem, check_task
 from mtp.evaluate.scores import compare, interval
 from mtp.tokenizer import Tokenizer
@@ -29,7 +27,7 @@ from mtp.tokenizer import Tokenizer
 @dataclass
 class ScoreConfig:
     model: str = "runs/sql"
-    baseline: str | None = None
+    baseline: str = ""
     task: str = "sql"
     problems: int = 1500
     seed: int = 0
@@ -74,16 +72,15 @@ def score(where: str, config: ScoreConfig) -> tuple[dict[str, float], dict[str, 
     return each, {"score": mean._asdict(), "mean_tokens": round(tokens, 2)}
 
 
-def main() -> None:
-    config = parse(ScoreConfig, sys.argv[1:])
+def run(config: ScoreConfig) -> dict[str, Any]:
     each, line = score(config.model, config)
     line = {"problems": len(each), **line}
     if config.baseline:
         before, line["baseline"] = score(config.baseline, config)
         line["difference"] = compare(before, each, level=0.95).difference._asdict()
-    print(json.dumps(line))
+    return line
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    launch(ScoreConfig, run)

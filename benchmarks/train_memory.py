@@ -22,7 +22,6 @@ The last line is one JSON object: ratios of the trunk cut, heads not recomputed 
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,8 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.pictures import memory_panels
-from benchmarks.record import parse, record
+from benchmarks.pictures import drawn, memory_panels
+from benchmarks.record import launch, record
 from benchmarks.shapes import shape
 from mtp.blocks import recompute_blocks
 from mtp.loss import MultiTokenLoss, Score, plain_batch, reference, sequential
@@ -219,8 +218,7 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    config = parse(MemoryConfig, sys.argv[1:])
+def run(config: MemoryConfig) -> dict[str, Any]:
     cases, ratios = [], {}
     for name in config.shapes.split(","):
         for dtype in config.dtypes.split(","):
@@ -234,12 +232,9 @@ def main() -> None:
     (first, head), *others = ratios.items()
     summary = {"shape": first, "way": "trunk", **head, "others": dict(others)}
     path = record(config.name, summary | {"cases": cases}, config)
-    try:
-        memory_panels(cases, path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-    print(json.dumps(summary))
+    drawn(memory_panels, cases, path.with_suffix(".png"))
+    return summary
 
 
 if __name__ == "__main__":
-    main()
+    launch(MemoryConfig, run)

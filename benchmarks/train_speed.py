@@ -18,7 +18,6 @@ eager figures of n = 4 over n = 1, and the compiled ones within.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.record import parse, record
+from benchmarks.record import launch, record
 from benchmarks.shapes import shape
 from benchmarks.timing import fastest_threads, seconds, spread
 from mtp.blocks import compile_blocks
@@ -206,8 +205,7 @@ def table(found: Figures) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    config = parse(SpeedConfig, sys.argv[1:])
+def run(config: SpeedConfig) -> dict[str, Any]:
     device, load = find_device(config.device), os.getloadavg()[0]
     if device.type == "cpu":
         torch.set_num_threads(fastest_threads(prepare(config, SMALL, device)[Step(1)]))
@@ -220,8 +218,8 @@ def main() -> None:
     compiled = summary(found, True) if Step(4, True) in rounds[0] else None
     values = summary(found, False) | {"compiled": compiled}
     record(config.name, values | {"load_before": round(load, 2), "steps": found}, config)
-    print(json.dumps(values))
+    return values
 
 
 if __name__ == "__main__":
-    main()
+    launch(SpeedConfig, run)

@@ -66,9 +66,13 @@ def opened(where: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, F
     if Path(where).exists():
         found = find_model(where)
         return found.open(device, dtype), found
+    try:
+        config = shape(where)
+    except ValueError as error:
+        raise ValueError(f"{where!r} is no folder, and {error}") from None
     generator = torch.Generator(device).manual_seed(0)
     with device:
-        return Transformer(shape(where), generator).to(dtype), None
+        return Transformer(config, generator).to(dtype), None
 
 
 def set_up(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import markdown_table
-from benchmarks.pictures import study_panels
+from benchmarks.pictures import drawn, study_panels
 from benchmarks.record import record
 from benchmarks.science import Study, cells_of, parameters_of, trained, verdict
 from mtp.checkpoint import write_text
@@ -244,10 +244,8 @@ def main(config: CompareConfig) -> None:
     file = record("compare", {"table": lines, "runs": runs}, config, Path(config.out))
     write_text(file.with_suffix(".md"), markdown(lines) + "\n")
     question = f"Bits per byte of held-out text, n = {', '.join(map(str, ns))}"
-    try:
-        study_panels(question, "bits_per_byte", panels(runs, ns), file.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+    pictured = panels(runs, ns)
+    drawn(study_panels, question, "bits_per_byte", pictured, file.with_suffix(".png"))
     print(markdown(lines))
 
 

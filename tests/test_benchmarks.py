@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from benchmarks.bare import (
     verify_cost,
 )
 from benchmarks.demo_decode import DecodeConfig, held_out_prompts, measure, repetition
-from benchmarks.pictures import COLOURS, heads_page, loss_curve
-from benchmarks.record import parse, record
+from benchmarks.pictures import COLOURS, drawn, heads_page, loss_curve
+from benchmarks.record import launch, parse, record
 from benchmarks.timing import fastest_threads, ratio, spread
 from mtp.decode.contract import Completion, Request
 from mtp.decode.loop import generate
@@ -184,6 +185,12 @@ class Config:
     count: int = 1
     rate: float = 0.5
     long: bool = False
+    rates: list[float] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count={self.count}:\nmust be at least 1")
 
 
 @pytest.mark.parametrize(
@@ -193,12 +200,13 @@ class Config:
         (["name=7", "count=3"], Config(name="7", count=3)),
         (["rate=1", "long=true"], Config(rate=1.0, long=True)),
         (["rate=1e-3", "long=True", "name=a=b"], Config(name="a=b", rate=1e-3, long=True)),
+        (["rates=[1,0.5]", 'texts={"a":"b"}'], Config(rates=[1.0, 0.5], texts={"a": "b"})),
     ],
 )
 def test_words_become_the_dataclass(words, expected):
     found = parse(Config, words)
     assert found == expected
-    assert isinstance(found.rate, float)
+    assert all(isinstance(rate, float) for rate in (found.rate, *found.rates))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +219,9 @@ def test_words_become_the_dataclass(words, expected):
         ("rate=fast", "error: rate='fast' is no value of type"),
         ("rate=null", "error: rate='null' is no value of type"),
         ("long=3", "error: long='3' is no value of type"),
+        ("rates=1", "error: rates='1' is no value of type list[float]"),
+        ('rates=[1,"a"]', """error: rates='[1,"a"]' is no value of type list[float]"""),
+        ('texts={"a":1}', """error: texts='{"a":1}' is no value of type dict[str, str]"""),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(word, message):
@@ -220,12 +231,37 @@ def test_wrong_words_are_refused_in_one_line(word, message):
     assert "\n" not in str(caught.value.code)
 
 
+def test_a_benchmark_ends_with_its_line_or_with_what_was_wrong_in_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "count=2"])
+    launch(Config, lambda config: {"count": config.count})
+    assert capsys.readouterr().out == '{"count": 2}\n'
+
+    def fail(config):
+        raise FileNotFoundError("runs/x is missing")
+
+    with pytest.raises(SystemExit, match="^error: runs/x is missing$"):
+        launch(Config, fail)
+    monkeypatch.setattr(sys, "argv", ["x", "count=0"])
+    with pytest.raises(SystemExit, match="^error: count=0: must be at least 1$"):
+        launch(Config, fail)
+
+
+def test_a_benchmark_without_matplotlib_ends_without_a_picture(capsys):
+    def draw(*what):
+        asked.extend(what)
+        raise ImportError
+
+    asked: list[int] = []
+    drawn(draw, 1, 2)
+    assert asked == [1, 2] and "matplotlib is not installed" in capsys.readouterr().err
+
+
 def test_a_record_holds_values_and_circumstances(tmp_path):
     path = record("speed", {"speedup": 1.5, "iqr": [1, 2]}, Config(count=3), tmp_path / "new")
     entry = json.loads(path.read_text())
     assert path == tmp_path / "new" / "speed.json"
     assert entry["values"] == {"speedup": 1.5, "iqr": [1, 2]}
-    assert entry["config"] == {"name": "x", "count": 3, "rate": 0.5, "long": False}
+    assert entry["config"] == vars(Config(count=3))
     assert {"name", "command", "commit", "date", "hardware", "threads", "torch"} <= entry.keys()
     assert entry["command"].startswith("python ") and entry["hardware"] and entry["commit"]
     assert [file.name for file in path.parent.iterdir()] == ["speed.json"]

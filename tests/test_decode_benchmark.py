@@ -24,6 +24,7 @@ from benchmarks.decode import (
     summary,
 )
 from benchmarks.peers import Peer, checked, llama_weights
+from benchmarks.record import parse
 from benchmarks.texts import Judge, movement, on_text, path_length, rows_of
 from benchmarks.timing import Turns, take_turns
 from benchmarks.ways import PLAIN
@@ -406,7 +407,7 @@ def test_a_draft_vocabulary_is_timed_on_a_shape_and_judged_on_a_run(
     monkeypatch.setattr("benchmarks.draft_vocabulary.shape", lambda name: model().config)
     words = [f"model={trained}", "sizes=9,2", "batch=1,2", "rounds=2", "texts=4", "tokens=15"]
     words += [f"name={tmp_path / 'out'}", "device=cpu"]
-    config = benchmarks.draft_vocabulary.parse(benchmarks.draft_vocabulary.VocabularyConfig, words)
+    config = parse(benchmarks.draft_vocabulary.VocabularyConfig, words)
     values = json.loads(json.dumps(benchmarks.draft_vocabulary.run(config)))
     recorded = json.loads((tmp_path / "out.json").read_text())["values"]
     assert recorded["acceptance"].keys() == {"257", "9", "2"}

@@ -328,7 +328,7 @@ def test_budgets_of_the_command_line_stand_in_place_of_the_studys(tmp_path, monk
     monkeypatch.setattr(science, "trained", lambda cell, study, folder: made(cell.arm / 4))
     line = science.run(ScienceConfig("x", budgets=["operations"], name=str(tmp_path / "science_x")))
     assert {row["place"]["budget"] for row in line["table"]} == {"operations"}
-    with pytest.raises(SystemExit, match="budgets=\\['luck'\\]: allowed are parameters"):
+    with pytest.raises(ValueError, match="budgets=\\['luck'\\]: allowed are parameters"):
         science.run(ScienceConfig("x", budgets=["luck"]))
 
 

@@ -14,7 +14,7 @@ from benchmarks import train_speed
 from benchmarks.decode import DecodeConfig
 from benchmarks.decoders import DecodersConfig
 from benchmarks.joint_ways import JointConfig
-from benchmarks.record import parse
+from benchmarks.record import launch, parse
 from benchmarks.science import STUDIES, ScienceConfig
 from benchmarks.shapes import shape
 from benchmarks.train_speed import (
@@ -150,7 +150,7 @@ def test_ratios_are_medians_over_rounds_and_to_the_right_baseline():
 def test_the_benchmark_runs_and_ends_with_its_figures(compiler, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_speed, "compile_blocks", lambda blocks, device: compiler)
     monkeypatch.setattr(sys, "argv", ["train_speed", *TOY, f"name={tmp_path / 'speed'}"])
-    train_speed.main()
+    launch(SpeedConfig, train_speed.run)
     captured = capsys.readouterr()
     values = json.loads(captured.out.splitlines()[-1])
     assert values.keys() == FIGURES | {"compiled"}
