@@ -160,6 +160,8 @@ def prepare(config: DecodersConfig) -> tuple[dict[str, Entry], dict[str, str]]:
         missing["consistency model"] = "none was given: consistency=RUN"
     if not config.folders:
         missing["attached heads"] = "none were given: heads=FOLDER of scripts/attach.py"
+    if any(entry.way.family == LOSSY for entry in found.values()):
+        missing.pop("joint", None)  # the model's heads cannot, attached ones can
     return found, missing
 
 
