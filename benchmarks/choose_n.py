@@ -106,14 +106,15 @@ class Plan:
     tries: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.ns) < 2 or self.ns[0] < 1 or sorted({*self.ns}) != self.ns:
-            raise ValueError(f"ns={self.ns}: give at least 2 numbers from 1 on, in order")
+        whole = isinstance(self.ns, list) and all(type(n) is int for n in self.ns)
+        if not whole or len(self.ns) < 2 or self.ns[0] < 1 or sorted({*self.ns}) != self.ns:
+            raise ValueError(f"ns={self.ns}: give at least 2 whole numbers from 1 on, in order")
         if self.seeds < 2:
             raise ValueError(f"seeds={self.seeds}: an interval needs at least 2")
         if self.tries < 1:
             raise ValueError(f"tries={self.tries} must be at least 1")
-        if not self.settings:
-            raise ValueError("settings: give one at least")
+        if not self.settings or not isinstance(self.settings, dict):
+            raise ValueError("settings: give one at least, by its name")
 
 
 def read_plan(name: str) -> Plan:
@@ -126,14 +127,17 @@ def read_plan(name: str) -> Plan:
         raise SystemExit(f"error: settings={name}: no such file; allowed are {known}, or a file")
     try:
         said = _known(Plan, yaml.safe_load(file.read_text(encoding="utf-8")))
+        Plan(**said)  # refuses what cannot be
         found = {key: Setting(**_known(Setting, x)) for key, x in said["settings"].items()}
         return Plan(**said | {"settings": found})
-    except (ValueError, TypeError, KeyError) as error:
-        raise SystemExit(f"error: {file}: {error}") from None
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise SystemExit(f"error: {file}: {' '.join(str(error).split())}") from None
 
 
 def _known(kind: type, said: Values) -> Values:
     keys = [f.name for f in fields(kind)]
+    if not isinstance(said, dict):
+        raise ValueError(f"{said!r}: give keys and values; allowed are {', '.join(keys)}")
     if unknown := sorted({*said} - {*keys}):
         raise ValueError(f"{unknown[0]}: allowed are {', '.join(keys)}")
     return said

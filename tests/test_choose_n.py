@@ -207,12 +207,16 @@ def test_every_shipped_file_composes_into_runs(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ns": [2]}, r"ns=\[2\]: give at least 2 numbers from 1 on, in order"),
+        ({"ns": [2]}, r"ns=\[2\]: give at least 2 whole numbers from 1 on, in order"),
         ({"ns": [2, 1]}, "in order"),
         ({"ns": [0, 1]}, "from 1 on"),
+        ({"ns": 3}, "ns=3: give at least 2 whole numbers"),
+        ({"ns": [1, "x"]}, "give at least 2 whole numbers"),
         ({"seeds": 1}, "seeds=1: an interval needs at least 2"),
         ({"tries": 0}, "tries=0 must be at least 1"),
         ({"settings": {}}, "settings: give one at least"),
+        ({"settings": ["a"]}, "settings: give one at least, by its name"),
+        ({"settings": {"a": ["bits"]}}, "give keys and values; allowed are metrics, words"),
         ({"shares": 1}, "shares: allowed are ns, settings, seeds, tries"),
         ({"settings": {"a": {"metrics": ["loss"], "words": []}}}, "bits, accuracy, speed"),
         ({"settings": {"a": {"metrics": ["bits"]}}}, "words"),
@@ -232,6 +236,15 @@ def test_what_cannot_be_is_refused_before_any_run(changes, words, tmp_path, trai
     with pytest.raises(SystemExit, match=words):
         choose_n.run(ChooseConfig(written(tmp_path, **changes), out=str(tmp_path)))
     assert not trainings
+
+
+@pytest.mark.parametrize("text", ["", "ns: [1, 2", "- a"])
+def test_a_file_that_says_no_plan_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(SystemExit) as refused:
+        read_plan(str(tmp_path / "plan.yaml"))
+    said = str(refused.value)
+    assert said.startswith(f"error: {tmp_path / 'plan.yaml'}: ") and "\n" not in said
 
 
 def test_an_unknown_file_is_refused_with_those_there_are():
