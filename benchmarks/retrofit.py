@@ -53,6 +53,7 @@ from mtp.evaluate.scores import over_seeds
 from mtp.interop.attach import load_heads
 from mtp.interop.folder import find_model
 from mtp.model import ModelConfig
+from mtp.optim import OptimConfig
 from mtp.run import METRICS, data_of, evaluator, find_device
 from mtp.train import PRECISIONS, TrainConfig
 
@@ -114,6 +115,9 @@ class RetrofitConfig:
             raise SystemExit(
                 f"error: precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}"
             )
+        for rate in (self.lr, *self.attach_lrs):
+            OptimConfig(lr=rate)  # these refuse what cannot be, before anything is trained
+        self.judging, mtp.Sampling(self.temperature)
         if self.more_steps < 1:
             raise SystemExit(f"error: steps={self.steps}: too few to leave attached heads a step")
 
@@ -126,6 +130,10 @@ class RetrofitConfig:
         """Of training on a token."""
         model = ModelConfig(**self.model(n))
         return estimate(model, TrainConfig(), self.seq_len)["flops_per_token"]
+
+    @property
+    def judging(self) -> TrainConfig:
+        return TrainConfig(batch_size=self.batch_size, eval_batches=self.eval_batches)
 
     @property
     def more_steps(self) -> int:
@@ -258,8 +266,7 @@ def opened(cell: Cell, config: RetrofitConfig) -> Any:
 def scored(model: Any, trunk: Path, config: RetrofitConfig) -> Values:
     """A model's MEASURES, of those that it has, on what the next-token model's run held out."""
     data, tokenizer, n = data_of(trunk), mtp.load_tokenizer(trunk), model.extra_heads + 1
-    settings = TrainConfig(batch_size=config.batch_size, eval_batches=config.eval_batches)
-    text = evaluator(load_corpus(data, tokenizer, True), data, settings, n)(model)
+    text = evaluator(load_corpus(data, tokenizer, True), data, config.judging, n)(model)
     found = {"bits_per_byte": text["val_bits_per_byte_1"]}
     if n == 1:
         return found

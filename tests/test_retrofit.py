@@ -62,7 +62,8 @@ def toy(tmp_path):
         data=[*data, "data.holdout=[6.txt,7.txt]"],
         **{"n": 2, "dim": 16, "blocks": 2, "seq_len": 16, "batch_size": 2, "steps": 4},
         **{"attach_lrs": [1e-3], "own_texts": 3, "prompt_tokens": 4, "prompts": 2},
-        **{"eval_batches": 2, "seeds": 2, "precision": "float32"},
+        # Heads learn in another type than that of their trunk.
+        **{"eval_batches": 2, "seeds": 2, "precision": "bfloat16"},
         out=str(tmp_path / "out"),
         name=str(tmp_path / "retrofit"),
     )
@@ -163,10 +164,13 @@ def test_a_run_that_was_stopped_is_not_judged(toy, monkeypatch):
         ("attach_lrs=[]", "give one at least"),
         ("precision=float8", "precision='float8': allowed are float32, bfloat16"),
         ("steps=1", "steps=1: too few"),
+        ("attach_lrs=[1e-3,0]", "lr=0.0 must be above 0"),
+        ("eval_batches=0", "eval_batches=0 must be at least 1"),
+        ("temperature=-1", "temperature=-1.0"),
         ("depth=3", "keys are data, n, dim"),
     ],
 )
 def test_bad_words_are_refused_before_anything_is_trained(word, message):
-    with pytest.raises(SystemExit) as refused:
+    with pytest.raises((SystemExit, ValueError)) as refused:
         parse(RetrofitConfig, [word])
     assert message in str(refused.value)
