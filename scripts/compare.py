@@ -120,6 +120,8 @@ def found_in(folders: Sequence[str]) -> Iterator[Path]:
 def read_run(run_dir: Path) -> Run:
     """What a run logged. ValueError if it has not ended with a validation."""
     said = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+    if "model" not in said:
+        raise ValueError(f"{run_dir}: its {RECORD} says no model: is it none of scripts/train.py?")
     rows = [*read_jsonl(run_dir / METRICS)]
     n = said["model"]["n_future_tokens"]
     if not rows or f"{BITS}_{n}" not in rows[-1]:

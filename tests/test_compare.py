@@ -162,6 +162,9 @@ def test_what_cannot_be_is_refused(words, message):
 def test_a_folder_without_runs_and_a_run_that_was_stopped_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no run, which has run.json, and no folder of runs"):
         [*found_in([str(tmp_path)])]
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="its run.json says no model: is it none of"):
+        compare.read_run(tmp_path)
     said = {"model": {"n_future_tokens": 2}}
     (tmp_path / "run.json").write_text(json.dumps(said))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
