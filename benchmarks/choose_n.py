@@ -41,7 +41,6 @@ the same command goes on where it was stopped. The last line is JSON.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
