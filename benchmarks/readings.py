@@ -119,7 +119,7 @@ def right_answers(v: Values) -> str:
 
 
 def solves_alone(v: Values, arm: Any) -> bool:
-    """Nine of ten, wherever the baseline fails on more than half."""
+    """Nine of ten in every place, and the baseline half in none."""
     bad = [line["high"] < 0.5 for line in v["table"] if line["arm"] == 1]
     good = [line["low"] > 0.9 for line in v["table"] if line["arm"] == arm]
     return all(bad + good)
