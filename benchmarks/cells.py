@@ -54,7 +54,8 @@ def kept(folder: Path, identity: Values, make: Callable[[], Values]) -> Values:
         found = json.loads(file.read_text(encoding="utf-8"))
         if differs := [key for key, value in identity.items() if found.get(key) != value]:
             said = f"of other {', '.join(differs)}"
-            raise SystemExit(f"error: {folder} holds a cell of another study, {said}: move it away")
+            where = f"error: {folder} holds a cell of another study"
+            raise SystemExit(f"{where}, {said}: move it away, or say another out=")
         return found
     found = {**identity, "commit": circumstances()["commit"], **make()}
     write_text(file, json.dumps(found, indent=1) + "\n")

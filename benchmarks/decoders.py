@@ -48,7 +48,7 @@ from benchmarks.decoder_ways import (
 )
 from benchmarks.decoders_report import decoder_bars, decoders_markdown
 from benchmarks.energy import idle_watts
-from benchmarks.figures import LEVEL, beside_plain, figures, measured
+from benchmarks.figures import LEVEL, beside_plain, figures, measured, written
 from benchmarks.joint_ways import JointConfig, open_setting, prompts_of
 from benchmarks.pictures import drawn
 from benchmarks.record import launch, quicken, read, record
@@ -294,8 +294,10 @@ def in_batches(
     return values
 
 
-def compare(found: Mapping[str, Entry], config: DecodersConfig) -> dict[str, dict[str, Any]]:
-    """Everything that is recorded of each decoder."""
+def compare(
+    found: Mapping[str, Entry], config: DecodersConfig
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Everything that is recorded of each decoder, and what plain decoding wrote."""
     base = found[PLAIN].setting
     rows, begins = held_out(config, base)
     counter = base.counter
@@ -309,7 +311,7 @@ def compare(found: Mapping[str, Entry], config: DecodersConfig) -> dict[str, dic
     for name, entry in found.items():
         on = acceptance_on_text(entry, depths[name], rows, begins)
         values[name] |= {"acceptance_length_text": on, "batched": in_batch[name]}
-    return values
+    return values, written(base, plain_texts[PLAIN])
 
 
 # All of it.
@@ -342,9 +344,9 @@ def run(config: DecodersConfig) -> dict[str, Any]:
     if find_device(config.device).type == "cpu":
         torch.set_num_threads(1)
     found, missing = prepare(config)
-    values = compare(found, config)
+    values, texts = compare(found, config)
     line = summary(values)
-    more = {"load_before": round(load, 2), "level": LEVEL, "left_out": missing}
+    more = {"load_before": round(load, 2), "level": LEVEL, "left_out": missing, "written": texts}
     path = record(config.name, line | more | {"rows": values}, config)
     kept = read(path)
     text = decoders_markdown(kept)

@@ -117,6 +117,18 @@ def figures(
     }
 
 
+def written(setting: Setting, texts: Sequence[list[int]], count: int = 2) -> dict[str, Any]:
+    """The first texts and how their prompts end, to be looked at: speed is worth what they are."""
+    if setting.tokenizer is None:
+        return {}
+    said = setting.tokenizer.decode
+    pairs = zip(setting.measured[:count], texts, strict=False)
+    return {
+        str(i): {"prompt": said(list(request.prompt))[-80:], "text": said(text)[:240]}
+        for i, (request, text) in enumerate(pairs, 1)
+    }
+
+
 def beside_plain(
     name: str,
     way: Way,

@@ -22,7 +22,7 @@ import torch
 import mtp
 from benchmarks.decoder_ways import LOSSY, beams, exact_ways, joint_way, left_out, memory_bytes
 from benchmarks.energy import idle_watts
-from benchmarks.figures import LEVEL, beside_plain, figures, measured
+from benchmarks.figures import LEVEL, beside_plain, figures, measured, written
 from benchmarks.timing import Turns, fastest_threads, seconds
 from benchmarks.ways import PLAIN, PROBED, Setting, Spent, Way, contender, race, set_up
 from mtp.decode.joint import THRESHOLDS, Calibrated, calibrate
@@ -320,6 +320,7 @@ def pilot(config: PilotConfig, cases: Sequence[Case], say: Say) -> dict[str, Any
         "estimate_seconds": estimate,
         "idle_watts": idle,
         "decoders": values,
+        "written": written(ready.setting, [spent.text for spent in turns.done[PLAIN]]),
         "calibrated": {
             name: {"threshold": best.threshold, "guesses": best.drafter.depth}
             | {part: getattr(best, part)._asdict() for part in ("found", "checked")}

@@ -22,6 +22,7 @@ article { background: #fff; border: 1px solid #dfe3ea; border-radius: 6px; paddi
 dl { margin: .6rem 0 0 } dl div { display: flex; justify-content: space-between; gap: .8rem }
 dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums }
 .ways + h2 { margin-top: 1.2rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #fff; padding: .5rem .8rem }
 svg { width: 100%; height: 1.2rem; display: block; margin-top: .5rem }
 """
 KINDS = {
@@ -168,10 +169,16 @@ def _end(record: Mapping[str, Any]) -> str:
     lines = "".join(
         f"<li>{html.escape(name)}: {_said(record, f'values/left_out/{name}')}</li>" for name in left
     )
+    texts = "".join(
+        f"<pre><small>{_said(record, f'values/written/{i}/prompt')}</small>"
+        f"{_said(record, f'values/written/{i}/text')}</pre>"
+        for i in record["values"]["written"]
+    )
+    wrote = f"<h2>What plain decoding wrote</h2>{texts}" if texts else ""
     tried = f"<h2>Not measured</h2><ul>{lines}</ul>" if left else ""
     keys = ("date", "hardware", "torch", "commit", "command")
     facts = "<br>".join(f"{key}: {_said(record, key)}" for key in keys)
-    return f"{tried}<p><small>{facts}</small></p>\n"
+    return f"{wrote}{tried}<p><small>{facts}</small></p>\n"
 
 
 # The table.
