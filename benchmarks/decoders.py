@@ -148,7 +148,8 @@ def prepare(config: DecodersConfig) -> tuple[dict[str, Entry], dict[str, str]]:
     for folder in config.folders:
         target, _ = opened(config.model, *at)
         more = set_up(target, None, folder, setting.requests, probed=config.batch)
-        attached = replace(more, heads=f"heads of {Path(folder).name}")
+        run = Path(folder).parent if Path(folder).name == "heads" else Path(folder)
+        attached = replace(more, heads=f"heads of {run.name}")
         of_heads = entries(attached, config.sampling, config.threshold)
         found |= {name: e for name, e in of_heads.items() if attached.heads in name}
     if config.consistency:

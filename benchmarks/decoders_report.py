@@ -16,6 +16,10 @@ COLOURS = {
     "same text as its own plain": "#8d4fa8",
 }
 MIB = 2**20
+ROUNDING = (
+    "\nIn half precision a pass over several tokens rounds otherwise than a pass over one, which "
+    "parts texts where two tokens nearly tie.\n"
+)
 
 
 def decoders_markdown(record: Mapping[str, Any]) -> str:
@@ -28,7 +32,8 @@ def decoders_markdown(record: Mapping[str, Any]) -> str:
         f"hold together at {values['level']:.0%}, at batch {config['batch']} with quartiles. Pairs "
         f"are of batch 1 and {config['batch']}; identical: what plain decoding wrote, too; "
         "on text is teacher-forced. A lower perplexity of a lossy row is no better text.\n"
-        + _written(values["written"])
+        + ROUNDING * (config["precision"] != "float32")
+        + _written(values.get("written", {}))  # none in records of before
         + f"\nNot measured:\n{missing}\n" * bool(missing)
         + f"\n{record['date']}, {record['hardware']}, `{record['command']}`\n"
     )
