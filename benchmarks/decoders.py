@@ -108,8 +108,7 @@ class DecodersConfig:
         quicken(self, QUICK)
         if self.batch < 2:
             raise ValueError(f"batch={self.batch}: must be at least 2, batch 1 is measured anyway")
-        names = [Path(folder).name for folder in self.folders]
-        if len({*names}) < len(names):
+        if len(self.folders) < len([part for part in self.heads.split(",") if part]):
             raise ValueError(f"heads={self.heads!r}: folders of one name cannot be told apart")
         self.asked(), self.sampling  # refuse what cannot be
 
@@ -118,8 +117,10 @@ class DecodersConfig:
         return mtp.Sampling(self.temperature, self.top_k, self.top_p)
 
     @property
-    def folders(self) -> list[str]:
-        return [folder for folder in self.heads.split(",") if folder]
+    def folders(self) -> dict[str, str]:
+        """By what to call them: attach.py writes a folder `heads` into that of its run."""
+        paths = [Path(part) for part in self.heads.split(",") if part]
+        return {(p.parent if p.name == "heads" else p).name: str(p) for p in paths}
 
     def asked(self) -> JointConfig:
         """What `benchmarks.joint` would be asked for prompts and models."""
@@ -145,11 +146,10 @@ def prepare(config: DecodersConfig) -> tuple[dict[str, Entry], dict[str, str]]:
     setting = open_setting(asked, at[0], probed=config.batch)
     found = entries(setting, config.sampling, config.threshold)
     missing = left_out(setting, config.sampling)
-    for folder in config.folders:
+    for name, folder in config.folders.items():
         target, _ = opened(config.model, *at)
         more = set_up(target, None, folder, setting.requests, probed=config.batch)
-        run = Path(folder).parent if Path(folder).name == "heads" else Path(folder)
-        attached = replace(more, heads=f"heads of {run.name}")
+        attached = replace(more, heads=f"heads of {name}")
         of_heads = entries(attached, config.sampling, config.threshold)
         found |= {name: e for name, e in of_heads.items() if attached.heads in name}
     if config.consistency:

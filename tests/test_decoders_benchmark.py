@@ -161,10 +161,10 @@ def test_heads_of_another_trunk_are_refused(toy, tmp_path):
 
 def test_attached_heads_stand_in_for_those_that_a_model_lacks(toy, folder, tmp_path):
     model = folder / "draft"
-    heads = save_heads(attach_heads(mtp.load(model), 3), tmp_path / "heads")
+    heads = save_heads(attach_heads(mtp.load(model), 3), tmp_path / "mine" / "heads")
     words = {"model": str(model), "heads": str(heads), "draft": "", "consistency": ""}
     found, missing = prepare(replace(toy, **words))
-    assert "MTAD, heads of heads" in found and "joint" not in missing
+    assert "MTAD, heads of mine" in found and "joint" not in missing
 
 
 def test_a_model_that_is_neither_a_folder_nor_a_shape_is_refused(toy):
