@@ -146,10 +146,10 @@ def prepare(config: DecodersConfig) -> tuple[dict[str, Entry], dict[str, str]]:
     setting = open_setting(asked, at[0], probed=config.batch)
     found = entries(setting, config.sampling, config.threshold)
     missing = left_out(setting, config.sampling)
-    for name, folder in config.folders.items():
+    for run_name, folder in config.folders.items():
         target, _ = opened(config.model, *at)
         more = set_up(target, None, folder, setting.requests, probed=config.batch)
-        attached = replace(more, heads=f"heads of {name}")
+        attached = replace(more, heads=f"heads of {run_name}")
         of_heads = entries(attached, config.sampling, config.threshold)
         found |= {name: e for name, e in of_heads.items() if attached.heads in name}
     if config.consistency:

@@ -292,12 +292,13 @@ def study_panels(
     for name, line in zip(names, lines, strict=True):
         axes, colour = grid[0, places.index(name)], f"C{arms.index(str(line['arm']))}"
         steps = [step for step, _ in line["curves"][0]]
+        marker = "." if len(steps) == 1 else None  # a line of one point is none
         heights = [[value for _, value in run] for run in line["curves"]]
         for run in line["curves"]:
-            axes.plot(*zip(*run, strict=True), color=colour, lw=0.6, alpha=0.6)
+            axes.plot(*zip(*run, strict=True), color=colour, lw=0.6, alpha=0.6, marker=marker)
         if len({len(h) for h in heights}) == 1:  # not where the clock ended the runs
             mean = [sum(h) / len(h) for h in zip(*heights, strict=True)]
-            axes.plot(steps, mean, color=colour, lw=2)
+            axes.plot(steps, mean, color=colour, lw=2, marker=marker)
         axes.plot([], [], color=colour, lw=2, label=str(line["arm"]))
         axes.set_title(name, fontsize=10, loc="left")
         axes.grid(alpha=0.25)
