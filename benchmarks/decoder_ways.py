@@ -100,7 +100,7 @@ def left_out(setting: Setting, sampling: Sampling) -> dict[str, str]:
     if draft is None:
         found["draft model"] = "none was given: draft=FOLDER"
     if not sampling.temperature:
-        found["joint"] = "greedy decoding has one text: joint decoding wants sampling.temperature"
+        found["joint"] = "greedy decoding has one text: joint decoding wants a temperature above 0"
     elif not beams(setting, sampling):
         found["joint"] = "it drafts with another model, or heads that guess without each other"
     return found
