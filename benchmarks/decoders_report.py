@@ -28,6 +28,7 @@ def decoders_markdown(record: Mapping[str, Any]) -> str:
     lines = [_line(name, f, config["batch"]) for name, f in values["rows"].items()]
     missing = "".join(f"\n- {name}: {why}" for name, why in values["left_out"].items())
     return (
+        f"# Every decoder on {Path(config['model']).name}\n\n"
         f"{markdown_table(lines)}\n\nSpeed is over plain decoding: at batch 1 with intervals that "
         f"hold together at {values['level']:.0%}, at batch {config['batch']} with quartiles. Pairs "
         f"are of batch 1 and {config['batch']}; identical: what plain decoding wrote, too; "
