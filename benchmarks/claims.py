@@ -158,7 +158,8 @@ CLAIMS = (
         "What it costs small models shrinks as they grow",
         "HumanEval pass@1, n = 4 and 1: 1.2 and 1.9 % at 0.3B, 7.2 and 7.2 % at 3B, 15.8 and "
         "14.1 % at 13B (table S7)",
-        "python -m benchmarks.science study=sizes",
+        "python -m benchmarks.science study=sizes 'budgets=[\"parameters\"]' "
+        '\'words=["train.steps=300","train.batch_size=4","train.eval_every=100"]\'',
         "science_sizes",
         over_baseline(2, 4),
         lambda v: shrinks(v, 4),
