@@ -29,7 +29,7 @@ from benchmarks.readings import (
     over_baseline,
     right_answers,
     shrinks,
-    solves_alone,
+    solves_where_baseline_fails,
 )
 
 HOLDS, FAILS, WAITS = "holds", "does not hold at this size", "not measured yet"
@@ -208,7 +208,7 @@ CLAIMS = (
         "python -m benchmarks.science study=star_graph",
         "science_star_graph",
         right_answers,
-        lambda v: solves_alone(v, 2),
+        lambda v: solves_where_baseline_fails(v, 2),
     ),
     Claim(
         OBJECTIVES,

@@ -108,9 +108,7 @@ class DecodersConfig:
         quicken(self, QUICK)
         if self.batch < 2:
             raise ValueError(f"batch={self.batch}: must be at least 2, batch 1 is measured anyway")
-        if len(self.folders) < len([part for part in self.heads.split(",") if part]):
-            raise ValueError(f"heads={self.heads!r}: folders of one name cannot be told apart")
-        self.asked(), self.sampling  # refuse what cannot be
+        self.folders, self.asked(), self.sampling  # refuse what cannot be
 
     @property
     def sampling(self) -> mtp.Sampling:
@@ -120,7 +118,10 @@ class DecodersConfig:
     def folders(self) -> dict[str, str]:
         """By what to call them: attach.py writes a folder `heads` into that of its run."""
         paths = [Path(part) for part in self.heads.split(",") if part]
-        return {(p.parent if p.name == "heads" else p).name: str(p) for p in paths}
+        named = {(p.parent if p.name == "heads" else p).name: str(p) for p in paths}
+        if len(named) < len(paths):
+            raise ValueError(f"heads={self.heads!r}: folders of one name cannot be told apart")
+        return named
 
     def asked(self) -> JointConfig:
         """What `benchmarks.joint` would be asked for prompts and models."""

@@ -118,7 +118,7 @@ def right_answers(v: Values) -> str:
     return f"right answers, {v['study']['seeds']} seeds: {'; '.join(parts)}"
 
 
-def solves_alone(v: Values, arm: Any) -> bool:
+def solves_where_baseline_fails(v: Values, arm: Any) -> bool:
     """Nine of ten in every place, and the baseline half in none."""
     bad = [line["high"] < 0.5 for line in v["table"] if line["arm"] == 1]
     good = [line["low"] > 0.9 for line in v["table"] if line["arm"] == arm]
