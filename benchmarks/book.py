@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.claims import CLAIMS, Claim
 from benchmarks.record import ROOT, read
-from mtp.checkpoint import write_text
+from mtp.files import write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 

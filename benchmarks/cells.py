@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, circumstances
-from mtp.checkpoint import write_text
+from mtp.files import write_text
 
 Values = dict[str, Any]
 

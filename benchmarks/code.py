@@ -40,11 +40,11 @@ from benchmarks.code_samples import Cell, Progress, draw
 from benchmarks.pictures import drawn, pass_panels
 from benchmarks.record import launch, quicken, record
 from benchmarks.subjects import Subject, subject
-from mtp.checkpoint import write_text
 from mtp.evaluate import micro
 from mtp.evaluate.code import SOURCES, Benchmark, Problem, check_references, load_benchmark
 from mtp.evaluate.samples import SampleFile, export
 from mtp.evaluate.sandbox import LEVELS, Sandbox
+from mtp.files import write_text
 from mtp.run import find_device
 from mtp.train import PRECISIONS
 

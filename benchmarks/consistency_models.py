@@ -21,12 +21,13 @@ import mtp
 from benchmarks.record import quicken
 from benchmarks.subjects import subject
 from benchmarks.tasks import TASKS, Problem, check_task
-from mtp.checkpoint import find, load_config, write_text
+from mtp.checkpoint import find, load_config
 from mtp.consistency import ConsistencyConfig
 from mtp.consistency.files import Origin, Report, collect_shards, read_trajectories
 from mtp.consistency.filters import FilterConfig
 from mtp.consistency.trajectories import Trajectory
 from mtp.documents import DataConfig
+from mtp.files import write_text
 from mtp.model import ModelConfig
 from mtp.optim import OptimConfig
 from mtp.run import RunConfig, data_of, find_device, run

@@ -65,9 +65,9 @@ from benchmarks.ways import (
     race,
     set_up,
 )
-from mtp.checkpoint import write_text
 from mtp.decode.drafters import DraftModel, OwnHeads
 from mtp.evaluate.scores import interval
+from mtp.files import write_text
 from mtp.interop.folder import find_model
 from mtp.run import find_device
 from mtp.train import PRECISIONS

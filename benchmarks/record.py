@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-from mtp.checkpoint import write_text
+from mtp.files import write_text
 from mtp.versions import check_version
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.record import parse
-from mtp.checkpoint import write_text
 from mtp.documents import DataConfig, iter_documents
 from mtp.evaluate import sql
 from mtp.evaluate.scores import rouge_l, words
+from mtp.files import write_text
 
 LONGEST = 1500  # characters of a function with its docstring
 HELD_OUT = 0.1  # of the standard library's files

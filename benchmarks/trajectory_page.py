@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.page import page
-from mtp.checkpoint import write_text
 from mtp.consistency.measures import States, counted
 from mtp.consistency.trajectories import Trajectory
+from mtp.files import write_text
 from mtp.tokenizer import Tokenizer
 
 STYLE = """

@@ -21,13 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from torch import Tensor, nn
 
 from mtp import tokenizer as tokenizers
 from mtp.distributed import from_rank_zero, gather_objects, rank, world_size
+from mtp.files import checksum, publish, refuse_to_overwrite, reserve, write_tensors
 from mtp.loss import is_sharded
 from mtp.model import ModelConfig, Transformer
 from mtp.tokenizer import Tokenizer
@@ -45,7 +43,6 @@ from mtp.versions import check_version
 log = logging.getLogger("mtp")
 FORMAT_VERSION = 1
 _CONFIG, _TRAINING = "config.json", "training.json"
-PYTORCH = {"format": "pt"}  # metadata that transformers looks for in weights
 _MODEL, _OPTIMIZER = "model", "optimizer"  # .safetensors, or .shards/
 _NOT_THE_MODEL = ("optimizer", "training")  # files and folders that say nothing of what it writes
 
@@ -76,10 +73,10 @@ def save(
     sharded = is_sharded(model.parameters())
     decide: Callable[..., Any] = from_rank_zero if sharded else lambda call: call()
     needed = sum(t.nbytes for part in parts.values() for t in part.values())
-    decide(lambda: _refuse_to_overwrite(folder))
+    decide(lambda: refuse_to_overwrite(folder))
     temporary: Path | None = None
     try:
-        temporary = decide(lambda: _reserve(folder, needed))
+        temporary = decide(lambda: reserve(folder, needed))
         for part, tensors in parts.items():
             _write_tensors(temporary, part, tensors, sharded)
         decide(lambda: _write_texts(temporary, tokenizer, training))
@@ -100,42 +97,6 @@ def save(
     return folder
 
 
-@contextmanager
-def whole(folder: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder to write `needed` bytes to. It becomes `folder` when the block ends well, and
-    vanishes when it does not. FileExistsError, OSError: see `save`.
-    """
-    _refuse_to_overwrite(folder)
-    temporary: Path | None = None
-    try:
-        temporary = _reserve(folder, needed)
-        yield temporary
-        publish(temporary, folder)
-    except OSError as error:
-        raise OSError(f"cannot write {folder}: {error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _refuse_to_overwrite(folder: Path) -> None:
-    if folder.exists():
-        raise FileExistsError(
-            f"{folder} exists already: a checkpoint is never overwritten, choose another folder"
-        )
-
-
-def _reserve(folder: Path, needed: int) -> Path:
-    """A hidden folder beside the one wanted."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise OSError(f"{needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    temporary.chmod(0o755)  # mkdtemp's is private
-    return temporary
-
-
 def _write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor], sharded: bool) -> None:
     if sharded:
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
@@ -152,19 +113,6 @@ def _write_tensors(folder: Path, part: str, tensors: Mapping[str, Tensor], shard
     write_tensors(tensors, folder / f"{part}.safetensors")
 
 
-def write_tensors(
-    tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """One safetensors file. OSError where the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, file, metadata)
-    except SafetensorError as error:  # its way of saying that the disk is full
-        raise OSError(str(error)) from error
-
-
 def _write_texts(folder: Path, tokenizer: Tokenizer | None, training: TrainingState | None) -> None:
     if training is not None:
         (folder / _TRAINING).write_text(json.dumps(training.progress, indent=1))
@@ -177,45 +125,14 @@ def _finish(temporary: Path, folder: Path, config: dict[str, Any]) -> None:
     publish(temporary, folder)
 
 
-def publish(temporary: Path, folder: Path) -> None:
-    """Make all durable and give the folder its name."""
-    for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
-    os.rename(temporary, folder)
-    _sync(folder.parent)
-
-
 def _checksums(folder: Path, sharded: bool) -> dict[str, int]:
     """CRC-32 of every file. Ranks share the work on shards."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     mine = files[rank() :: world_size()] if sharded else files
-    sums = {str(path.relative_to(folder)): _checksum(path) for path in mine}
+    sums = {str(path.relative_to(folder)): checksum(path) for path in mine}
     if not sharded:
         return sums
     return {name: value for part in gather_objects(sums) for name, value in part.items()}
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**24):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: a reader or a crash sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def find(where: str | Path) -> Path:
@@ -281,7 +198,7 @@ def newest_intact(run_dir: Path) -> Path:
 def check(folder: Path) -> None:
     """Damaged names a file of the checkpoint that is not what was written."""
     for name, value in _read_config(folder).get("checksums", {}).items():
-        if not (folder / name).is_file() or _checksum(folder / name) != value:
+        if not (folder / name).is_file() or checksum(folder / name) != value:
             raise Damaged(f"{folder / name} is damaged: it is not what was written")
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from mtp import checkpoint
 from mtp.decode.contract import Request
 from mtp.decode.drafters import OwnHeads
 from mtp.decode.loop import generate
 from mtp.distributed import rank, world_size
+from mtp.files import write_text
 from mtp.tokenizer import Tokenizer
 from mtp.train import Progress
 
@@ -39,7 +39,7 @@ class JsonlLog:
             else []
         )
         if rank() == 0:
-            checkpoint.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def __call__(self, progress: Progress) -> None:
         if progress.metrics and rank() == 0:

@@ -36,6 +36,7 @@ from mtp.distill import (
 from mtp.distill import evaluator as draft_evaluator
 from mtp.distributed import from_rank_zero, processes, rank, world_size
 from mtp.estimate import describe, estimate
+from mtp.files import write_text
 from mtp.hooks import (
     JsonlLog,
     Samples,
@@ -190,7 +191,7 @@ def train_in(
     if at_start >= config.steps:
         _info("the run has done its %d steps already: nothing is left to do", at_start)
     if rank() == 0:
-        checkpoint.write_text(run_dir / RECORD, json.dumps(record, indent=1))
+        write_text(run_dir / RECORD, json.dumps(record, indent=1))
     with StopSignals() as stop:
         progress = train(
             model,

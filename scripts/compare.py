@@ -25,8 +25,8 @@ from benchmarks.page import markdown_table
 from benchmarks.pictures import drawn, study_panels
 from benchmarks.record import record
 from benchmarks.science import Study, cells_of, parameters_of, trained, verdict
-from mtp.checkpoint import write_text
 from mtp.evaluate.scores import over_seeds
+from mtp.files import write_text
 from mtp.hooks import read_jsonl
 from mtp.run import METRICS, RECORD
 from scripts.cli import REPORTS, launch

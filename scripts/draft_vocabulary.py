@@ -12,9 +12,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from mtp.checkpoint import write_text
 from mtp.data import frequent_tokens, load_corpus
 from mtp.documents import DataConfig
+from mtp.files import write_text
 from mtp.interop.folder import find_model
 from scripts.cli import launch
 

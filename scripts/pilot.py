@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.pilot import Case, PilotConfig, pilot
 from benchmarks.pilot_page import pilot_markdown, pilot_page
 from benchmarks.record import read, record
-from mtp.checkpoint import write_text
+from mtp.files import write_text
 from scripts.cli import REPORTS, launch, read_lines
 
 

@@ -331,6 +331,18 @@ def test_a_place_that_cannot_be_a_folder_is_one_message(tmp_path):
         save(tiny(), tmp_path / "file" / "step-1")
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_readable_as_other_new_files_are(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        folder = save(tiny(), tmp_path / "saved", ByteTokenizer(), training())
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~mask}
+
+
 def test_saving_changes_nothing_in_the_model(tmp_path):
     model = tiny()
     before = {name: t.clone() for name, t in model.state_dict().items()}

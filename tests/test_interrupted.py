@@ -71,8 +71,7 @@ def same_end(run_dir, whole):
 
 
 CHILD = """
-import json, os, sys
-from mtp import checkpoint
+import importlib, json, os, sys
 from mtp.run import RunConfig, run
 from mtp.documents import DataConfig
 from mtp.model import ModelConfig
@@ -84,9 +83,10 @@ train = words["train"]
 train["optim"] = OptimConfig(**train["optim"])
 parts = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 config = RunConfig(**(words | {key: kind(**words[key]) for key, kind in parts.items()}))
-name, after = sys.argv[2], int(sys.argv[3])
-if name:
-    calls, inner = 0, getattr(checkpoint, name)
+place, after = sys.argv[2], int(sys.argv[3])
+if place:
+    module, _, name = place.rpartition(".")
+    calls, inner = 0, getattr(importlib.import_module(module), name)
 
     def deadly(*args, **kwargs):
         global calls
@@ -95,7 +95,7 @@ if name:
             os.kill(os.getpid(), 9)
         return inner(*args, **kwargs)
 
-    setattr(checkpoint, name, deadly)
+    setattr(importlib.import_module(module), name, deadly)
 run(config)
 """
 
@@ -107,7 +107,7 @@ def start(config, dies_in="", after=0):
 
 @pytest.mark.parametrize(
     ("dies_in", "after"),
-    [("_checksums", 3), ("_sync", 40), ("tidy", 5)],
+    [("mtp.checkpoint._checksums", 3), ("mtp.files._sync", 40), ("mtp.checkpoint.tidy", 5)],
     ids=["between files", "before it has its name", "before old ones go"],
 )
 def test_a_run_killed_within_a_save_ends_like_an_uninterrupted_one(
@@ -187,7 +187,7 @@ def test_what_is_no_damage_puts_no_checkpoint_aside(trouble, config, tmp_path, m
         def broken(path):
             raise OSError("input/output error")
 
-        monkeypatch.setattr(checkpoint, "_checksum", broken)
+        monkeypatch.setattr(checkpoint, "checksum", broken)
     with pytest.raises((ValueError, OSError), match="format version 2|input/output error"):
         run(config)
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == before

@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "mtp").rglob("*.py"))
 LEAVES = {
     *("mtp.heads", "mtp.loss", "mtp.distributed", "mtp.tokenizer", "mtp.overlap"),
     *("mtp.packages", "mtp.blocks", "mtp.optim", "mtp.packed", "mtp.decode.contract"),
-    *("mtp.records", "mtp.rotary"),
+    *("mtp.records", "mtp.rotary", "mtp.files"),
     *("mtp.decode.depth", "mtp.evaluate.micro", "mtp.evaluate.sandbox", "mtp.evaluate._child"),
     *("mtp.evaluate.scores", "mtp.evaluate.schemas", "mtp.consistency.filters"),
     *("mtp.interop.fetch", "mtp.versions"),

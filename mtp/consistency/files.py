@@ -24,12 +24,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtp.checkpoint import fingerprint, write_text
+from mtp.checkpoint import fingerprint
 from mtp.consistency.filters import FilterConfig, why_dropped
 from mtp.consistency.trajectories import Collection, Trajectory, whole_windows
 from mtp.decode.contract import Request
 from mtp.decode.sampling import Sampling
 from mtp.distributed import from_rank_zero
+from mtp.files import write_text
 from mtp.tokenizer import Tokenizer
 from mtp.versions import check_version
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mtp.checkpoint import write_text
+from mtp.files import write_text
 from mtp.versions import check_version
 
 FORMAT_VERSION = 1

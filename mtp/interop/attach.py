@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.decode.contract import Layout, Sizes, chain
+from mtp.files import PYTORCH, whole, write_tensors
 from mtp.heads import (
     HEADS,
     CausalHeads,
@@ -321,7 +321,7 @@ def _start(heads: nn.Module, generator: torch.Generator) -> None:
 
 def save_heads(model: AttachedHeads, folder: str | Path) -> Path:
     """Write the heads alone, with what tells their trunk from others: `heads.json` and
-    `heads.safetensors`, both or neither. FileExistsError, OSError: see `mtp.checkpoint.save`.
+    `heads.safetensors`, both or neither. FileExistsError, OSError: see `mtp.files.whole`.
     """
     refuse_packed(model)
     folder = Path(folder)

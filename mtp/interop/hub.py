@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mtp import checkpoint
+from mtp.files import write_text
 from mtp.interop.fetch import fetched
 from mtp.model import ModelConfig, Transformer
 from mtp.tokenizer import Tokenizer, check_vocabulary
@@ -54,7 +55,7 @@ def save_pretrained(
     card: Card,
     name: str | None = None,
 ) -> Path:
-    """Write a checkpoint and, last, its card. FileExistsError, OSError: see `checkpoint.save`.
+    """Write a checkpoint and, last, its card. FileExistsError, OSError: see `mtp.checkpoint.save`.
 
     name: by what the card says to open it, if not by the folder.
     """
@@ -62,7 +63,7 @@ def save_pretrained(
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     text = card_text(model, card, name or str(folder))
     checkpoint.save(model, folder, tokenizer)
-    checkpoint.write_text(folder / CARD, text)
+    write_text(folder / CARD, text)
     return folder
 
 

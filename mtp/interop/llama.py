@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp.checkpoint import PYTORCH, whole, write_tensors
+from mtp.files import PYTORCH, whole, write_tensors
 from mtp.heads import HEADS
 from mtp.interop.fetch import fetched
 from mtp.model import Block, ModelConfig, Transformer

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mtp.checkpoint import PYTORCH, whole, write_tensors
 from mtp.decode.drafters import OwnHeads
+from mtp.files import PYTORCH, whole, write_tensors
 from mtp.interop.attach import AttachedHeads
 from mtp.packed import refuse_packed
 
@@ -23,7 +23,7 @@ def save_medusa(
     `config.json`, `model.safetensors`.
 
     vocabulary: the only ids that heads are to score, see `OwnHeads`; the unembedding's other rows
-    stay behind. FileExistsError, OSError: see `mtp.checkpoint.save`.
+    stay behind. FileExistsError, OSError: see `mtp.files.whole`.
     """
     if model.kind != "residual":
         raise ValueError(f"kind={model.kind!r} is no Medusa head: allowed is residual")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp.checkpoint import whole
+from mtp.files import whole
 from mtp.model import ModelConfig, Transformer
 from mtp.tokenizer import INDEX_FILE, MODEL_FILE, SentencePieceTokenizer, Tokenizer
 

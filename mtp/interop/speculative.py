@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp.checkpoint import PYTORCH, whole, write_tensors
+from mtp.files import PYTORCH, whole, write_tensors
 from mtp.interop.attach import AttachedHeads
 from mtp.interop.llama import Like, layer_weights, llama_config, save_llama, take_along
 from mtp.model import Block, ModelConfig, Transformer

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp.checkpoint import publish, write_text
 from mtp.data import Batches, Corpus
+from mtp.files import publish, write_text
 from mtp.loss import Batch
 
 log = logging.getLogger("mtp")

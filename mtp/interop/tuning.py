@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from mtp import checkpoint
+from mtp.files import whole
 from mtp.interop.llama import save_llama
 from mtp.model import Transformer
 from mtp.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def save_trunk(
     model: Any, folder: str | Path, tokenizer: Tokenizer, like: Path | None = None
 ) -> Path:
     """Write the trunk of an `AttachedHeads` as what it is: a checkpoint of ours, which `mtp.load`
-    opens, or a Hugging Face folder. FileExistsError, OSError: see `mtp.checkpoint.save`.
+    opens, or a Hugging Face folder. FileExistsError, OSError: see `mtp.files.whole`.
 
     like: the Hugging Face folder that a Llama was opened from, which is then written as one, too.
     """
@@ -101,7 +102,7 @@ def save_trunk(
         if like is not None:
             return save_llama(module, folder, like)
         return checkpoint.save(module, folder, tokenizer)
-    with checkpoint.whole(folder, sum(p.nbytes for p in module.parameters())) as temporary:
+    with whole(folder, sum(p.nbytes for p in module.parameters())) as temporary:
         theirs: Any = module
         theirs.save_pretrained(temporary)
         tokenizer.save(temporary)
