@@ -16,6 +16,7 @@ from benchmarks.record import ROOT, circumstances
 from mtp.files import write_text
 
 Values = dict[str, Any]
+RECORD = "cell.json"
 
 
 def as_words(values: Values) -> list[str]:
@@ -49,7 +50,7 @@ def kept(folder: Path, identity: Values, make: Callable[[], Values]) -> Values:
     """The record of the cell that `identity` tells from others, by `make` where there is none yet.
     SystemExit where the folder holds the record of another.
     """
-    file = folder / "cell.json"
+    file = folder / RECORD
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
         if differs := [key for key, value in identity.items() if found.get(key) != value]:

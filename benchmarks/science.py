@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mtp
-from benchmarks.cells import Values, as_words, call, kept, pieces_word
+from benchmarks.cells import RECORD, Values, as_words, call, kept, pieces_word
 from benchmarks.pictures import drawn, study_panels
 from benchmarks.record import ROOT, launch, record
 from mtp.checkpoint import find, load_config
@@ -265,6 +265,19 @@ BUDGETS: dict[str, Callable[[Study, list[str], list[str]], list[str]]] = {
 # Its cells.
 
 
+def train_all(cells: Sequence[Cell], study: Study, out: Path) -> dict[Cell, Values]:
+    """Every cell's record. SystemExit where an arm cannot be, before any is begun."""
+    folders = {cell: out.resolve() / cell.folder for cell in cells}
+    new = [cell for cell, folder in folders.items() if not (folder / RECORD).is_file()]
+    for cell in {(cell.arm, cell.place): cell for cell in new}.values():
+        _train(*cell.words, "dry_run=true")
+    found = {}
+    for number, (cell, folder) in enumerate(folders.items(), 1):
+        print(f"run {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)
+        found[cell] = trained(cell, study, folder)
+    return found
+
+
 def trained(cell: Cell, study: Study, folder: Path) -> Values:
     """The cell's record, made by training where there is none. SystemExit if it was stopped."""
     identity = {"words": [*cell.words], "measure": study.measure, "asked": study.asked}
@@ -359,10 +372,7 @@ def run(config: ScienceConfig) -> Values:
     study = read_study(config.study, config.quick)
     study = replace(study, budgets=config.budgets or study.budgets)
     cells = cells_of(study, config.words, config.out)
-    found = {}
-    for number, cell in enumerate(cells, 1):
-        print(f"cell {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)
-        found[cell] = trained(cell, study, Path(config.out, Path(config.name).name, cell.folder))
+    found = train_all(cells, study, Path(config.out, Path(config.name).name))
     lines = table(study, cells, found)
     every = [{"cell": cell.folder, **found[cell]} for cell in cells]
     values = {"study": asdict(study), "table": lines, "cells": every}

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.page import markdown_table
 from benchmarks.pictures import drawn, study_panels
 from benchmarks.record import record
-from benchmarks.science import Study, cells_of, parameters_of, trained, verdict
+from benchmarks.science import Study, cells_of, parameters_of, train_all, verdict
 from mtp.evaluate.scores import over_seeds
 from mtp.files import write_text
 from mtp.hooks import read_jsonl
@@ -98,14 +98,11 @@ def study_of(config: CompareConfig) -> Study:
     )
 
 
-def train_all(config: CompareConfig) -> list[Path]:
+def newly_trained(config: CompareConfig) -> list[Path]:
     study = study_of(config)
     cells = cells_of(study)
-    folders = [Path(config.out, cell.folder).resolve() for cell in cells]
-    for number, (cell, folder) in enumerate(zip(cells, folders, strict=True), 1):
-        print(f"run {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)
-        trained(cell, study, folder)
-    return [folder / "run" for folder in folders]
+    train_all(cells, study, Path(config.out))
+    return [Path(config.out, cell.folder, "run") for cell in cells]
 
 
 def found_in(folders: Sequence[str]) -> Iterator[Path]:
@@ -238,7 +235,7 @@ def panels(runs: Sequence[Run], ns: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def main(config: CompareConfig) -> None:
-    folders = found_in(config.runs) if config.runs else train_all(config)
+    folders = found_in(config.runs) if config.runs else newly_trained(config)
     runs = [read_run(folder) for folder in folders]
     check_alike(runs)
     ns = sorted({run["n"] for run in runs}) if config.runs else config.n

@@ -87,9 +87,16 @@ def test_runs_are_trained_and_leave_a_table_a_plot_and_a_record(compared):
     assert "bits per byte, head 2" in (compared / "compare.md").read_text()
 
 
+def test_an_n_that_cannot_be_is_refused_before_any_run(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(science, "_train", train_here)
+    with pytest.raises(ValueError, match="n_layers=.* must be at least n_future_tokens=99"):
+        main(CompareConfig(str(text), n=[1, 99], seeds=2, words=TINY, out=str(tmp_path)))
+    assert not [*tmp_path.rglob("run.json")]
+
+
 def test_runs_are_joined_from_their_records(compared, tmp_path, monkeypatch):
     """Those of a folder, or one by one, without training; the table is the same."""
-    monkeypatch.setattr(compare, "trained", None)
+    monkeypatch.setattr(compare, "train_all", None)
     single = [str(folder) for folder in found_in([str(compared)])]
     assert len(single) == 4
     for runs in ([str(compared)], single):

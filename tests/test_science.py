@@ -251,6 +251,22 @@ def test_a_cell_is_trained_once_and_read_back(tmp_path):
             science.trained(cell, replace(study, **other), tmp_path / "a=1,b")
 
 
+def test_each_arm_that_is_new_is_tried_before_any_is_trained(tmp_path, monkeypatch):
+    study, said = replace(STUDY, axes={}, tuned={}), []
+    monkeypatch.setattr(science, "_train", lambda *words: said.append(words[-1]))
+    monkeypatch.setattr(science, "trained", lambda cell, *_: said.append(cell.folder))
+    cells = cells_of(study)
+    science.train_all(cells, study, tmp_path)
+    assert said == ["dry_run=true"] * 2 + [cell.folder for cell in cells]
+    for cell in cells:
+        if cell.arm == 1:
+            (tmp_path / cell.folder).mkdir()
+            (tmp_path / cell.folder / "cell.json").touch()
+    said.clear()
+    science.train_all(cells, study, tmp_path)
+    assert said.count("dry_run=true") == 1
+
+
 @pytest.mark.parametrize(
     ("measure", "rows", "words"),
     [
@@ -314,6 +330,7 @@ def test_a_study_writes_its_record_and_its_picture(tmp_path, monkeypatch):
         return made(cell.arm / 4, curve=[[1, 0.0], [2, 0.1], [3, 0.2]][: 1 + cell.seed])
 
     monkeypatch.setattr(science, "trained", trained)
+    monkeypatch.setattr(science, "_train", lambda *words: None)
     assert ScienceConfig("x", quick=True).name == "science_x_quick"
     line = science.run(ScienceConfig("x", out=str(tmp_path), name=str(tmp_path / "science_x")))
     entry = json.loads((tmp_path / "science_x.json").read_text())
@@ -325,7 +342,11 @@ def test_a_study_writes_its_record_and_its_picture(tmp_path, monkeypatch):
 def test_budgets_of_the_command_line_stand_in_place_of_the_studys(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(science, "read_study", lambda name, quick: STUDY)
-    monkeypatch.setattr(science, "trained", lambda cell, study, folder: made(cell.arm / 4))
+
+    def found(cells, study, out):
+        return {cell: made(cell.arm / 4) for cell in cells}
+
+    monkeypatch.setattr(science, "train_all", found)
     line = science.run(ScienceConfig("x", budgets=["operations"], name=str(tmp_path / "science_x")))
     assert {row["place"]["budget"] for row in line["table"]} == {"operations"}
     with pytest.raises(ValueError, match="budgets=\\['luck'\\]: allowed are parameters"):
