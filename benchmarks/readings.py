@@ -83,22 +83,28 @@ def of_drafts(v: Values) -> str:
     return f"share of guesses kept and speed over plain, on {' and '.join(v['domains'])}: {lines}"
 
 
-def by_width(v: Values, budget: str = "parameters") -> dict[int | None, dict[Any, Values]]:
-    """A study's lines at one budget: arm -> line for every width, None where it has only one."""
-    found: dict[int | None, dict[Any, Values]] = {}
+def by_place(v: Values, budget: str = "parameters") -> dict[str, dict[Any, Values]]:
+    """A study's lines at one budget: arm -> line for every place of its axes, "" without any."""
+    found: dict[str, dict[Any, Values]] = {}
     for line in v["table"]:
         if line["place"]["budget"] == budget:
-            found.setdefault(line["place"].get("model.dim"), {})[line["arm"]] = line
+            found.setdefault(_axes(line), {})[line["arm"]] = line
     return found
+
+
+def _axes(line: Values) -> str:
+    """ "dim 32" of model.dim = 32."""
+    place = line["place"].items()
+    return ", ".join(f"{k.rpartition('.')[2]} {x}" for k, x in place if k != "budget")
 
 
 def over_baseline(*arms: Any, budget: str = "parameters") -> Callable[[Values], str]:
     def ours(v: Values) -> str:
         said = []
-        for width, lines in by_width(v, budget).items():
+        for place, lines in by_place(v, budget).items():
             parts = [f"{arm} {signed(lines[arm]['difference'])}" for arm in arms]
-            said.append(f"width {width}: " * (width is not None) + ", ".join(parts))
-        first = next(iter(by_width(v, budget).values()))
+            said.append(f"{place}: " * bool(place) + ", ".join(parts))
+        first = next(iter(by_place(v, budget).values()))
         return f"bits per byte over {next(iter(first))}, equal {budget}: {'; '.join(said)}"
 
     return ours
@@ -108,9 +114,7 @@ def right_answers(v: Values) -> str:
     """A study's shares of answers, in every place of its table."""
     said: dict[str, list[str]] = {}
     for line in v["table"]:
-        place = dict(line["place"])
-        equal = f"equal {place.pop('budget')}"
-        key = ", ".join([*(f"{k.rpartition('.')[2]} {x}" for k, x in place.items()), equal])
+        key = ", ".join(filter(None, [_axes(line), f"equal {line['place']['budget']}"]))
         share = " to ".join(f"{100 * line[end]:.0f}" for end in ("low", "high"))
         shown = f"n = {line['arm']} {100 * line['mean']:.0f} % ({share})"
         said.setdefault(key, []).append(shown)
@@ -146,24 +150,24 @@ def signed(difference: Values) -> str:
 def costs_less_than(v: Values, arm: Any, other: Any) -> bool:
     return all(
         lines[arm]["difference"]["high"] < lines[other]["difference"]["low"]
-        for lines in by_width(v).values()
+        for lines in by_place(v).values()
     )
 
 
 def shrinks(v: Values, arm: Any) -> bool:
-    smallest, *_, largest = (lines[arm]["difference"] for lines in by_width(v).values())
+    smallest, *_, largest = (lines[arm]["difference"] for lines in by_place(v).values())
     return largest["high"] < smallest["low"]
 
 
 def helps(v: Values, arm: Any, budget: str = "parameters") -> bool:
-    """At the largest width."""
-    *_, largest = by_width(v, budget).values()
-    return largest[arm]["verdict"] == "better"
+    """At the last place of its axes, such as the largest width."""
+    *_, last = by_place(v, budget).values()
+    return last[arm]["verdict"] == "better"
 
 
 def is_best(v: Values, arm: Any) -> bool:
-    *_, largest = by_width(v).values()
-    return largest[arm]["mean"] == min(line["mean"] for line in largest.values())
+    *_, last = by_place(v).values()
+    return last[arm]["mean"] == min(line["mean"] for line in last.values())
 
 
 def of_retrofit(v: Values) -> str:

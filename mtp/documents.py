@@ -26,7 +26,8 @@ class DataConfig:
     """Where documents come from, which are held out, and how they are cut into rows.
 
     Held out are the documents of `val_path` or `val_split` where given, else the top-level packages
-    or files that `holdout` lists, else a share `val_fraction` chosen by a hash of the text.
+    or files that `holdout` lists, else a share `val_fraction` chosen by a hash of the text. Of the
+    others a `share` is for training, chosen by another hash.
     """
 
     source: str = "stdlib"  # a key of SOURCES
@@ -50,6 +51,7 @@ class DataConfig:
     val_split: str | None = None
     val_fraction: float = 0.01
     holdout: list[str] = field(default_factory=list)
+    share: float = 1.0
     seq_len: int = 256
     tokenizer: str = "bytes"  # what `load_tokenizer` takes
     seed: int = 0  # of the order of rows, and of a task's problems
@@ -85,6 +87,8 @@ class DataConfig:
             ),
             (self.holdout and separate, "holdout: not together with val_path"),
             (not 0 <= self.val_fraction < 1, f"val_fraction={self.val_fraction}: allowed: [0, 1)"),
+            (not 0 < self.share <= 1, f"share={self.share}: allowed: (0, 1]"),
+            (self.source in ("shards", "task") and self.share < 1, "share: not for this source"),
             (self.seq_len < 1, f"seq_len={self.seq_len}: must be at least 1"),
             (self.seed < 0, f"seed={self.seed}: must be at least 0"),
             (not by_task and (self.task or self.task_args), "task: for source='task' only"),
@@ -281,7 +285,9 @@ def _one_part(config: DataConfig, held_out: bool) -> Iterator[Document]:
             first, separate = [_part(first[0], config.val_fraction, held_out)], True
     for document in chain(first, documents):
         groups |= _groups(document)
-        if document.text and (separate or is_held_out(document, config) == held_out):
+        if not document.text or not (separate or is_held_out(document, config) == held_out):
+            continue
+        if held_out or _drawn(document, 1) < config.share:
             empty = False
             yield document
     if unknown := sorted(set(config.holdout) - groups):
@@ -293,7 +299,8 @@ def _one_part(config: DataConfig, held_out: bool) -> Iterator[Document]:
         part = "validation" if held_out else "training"
         raise ValueError(
             f"data.source={config.source!r}, path {config.path}: no {part} documents; held out are "
-            "those of data.val_path, data.val_split, data.holdout or data.val_fraction"
+            "those of data.val_path, data.val_split, data.holdout or data.val_fraction; "
+            f"data.share={config.share} of the others are for training"
         )
 
 
@@ -318,8 +325,13 @@ def _groups(document: Document) -> set[str]:
 def is_held_out(document: Document, config: DataConfig) -> bool:
     if config.holdout:
         return not _groups(document).isdisjoint(config.holdout)
+    return _drawn(document, 0) < config.val_fraction
+
+
+def _drawn(document: Document, number: int) -> float:
+    """In [0, 1], one of several numbers that a text's hash gives it."""
     digest = hashlib.sha256(document.text.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") < config.val_fraction * 2**64
+    return int.from_bytes(digest[8 * number : 8 * number + 8], "big") / 2**64
 
 
 def _without_overlap(documents: Iterator[Document], files: list[str]) -> Iterator[Document]:

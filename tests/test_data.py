@@ -509,6 +509,18 @@ def test_val_fraction_splits_by_content(tmp_path):
     assert set(texts(replace(config, path=shuffled), held_out=True)) == set(held_out)
 
 
+def test_a_share_is_of_training_alone_and_grows_by_more_of_the_same(tmp_path):
+    records = [{"text": f"text {i}"} for i in range(400)]
+    config = DataConfig("jsonl", write_jsonl(tmp_path / "a.jsonl", records), val_fraction=0.25)
+    training, held_out = texts(config), texts(config, held_out=True)
+    some = {share: texts(replace(config, share=share)) for share in (0.2, 0.5)}
+    assert set(some[0.2]) < set(some[0.5]) < set(training)
+    assert 0.35 < len(some[0.5]) / len(training) < 0.65  # a standard deviation is 0.03
+    assert texts(replace(config, share=0.2), held_out=True) == held_out
+    with pytest.raises(ValueError, match="no training documents.*data.share=1e-09 of the others"):
+        texts(replace(config, share=1e-9))
+
+
 def test_val_path_is_all_held_out(tmp_path):
     for name in ("train", "val"):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(5)])
@@ -668,6 +680,8 @@ def test_the_state_of_another_stream_is_refused():
         ({"source": "shards", "path": "x", "benchmarks": ["y"]}, "data.benchmarks: not for"),
         ({"packages": ["rich"]}, "data.packages: for source='code' only"),
         ({"micro_share": 1.0}, "data.micro_share=1.0"),
+        ({"share": 0.0}, r"data.share=0.0: allowed: \(0, 1\]"),
+        ({"source": "shards", "path": "x", "share": 0.5}, "data.share: not for this source"),
         ({"seq_len": 0}, "data.seq_len=0"),
         ({"seed": -1}, "data.seed=-1"),
     ],

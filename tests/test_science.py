@@ -133,7 +133,7 @@ def test_every_arm_of_a_corpus_trains_at_toy_length(name, tmp_path):
 
 def test_an_unknown_study_is_refused_with_those_there_are():
     with pytest.raises(
-        SystemExit, match="study='x': allowed are bytes, induction, objectives, polynomial, "
+        SystemExit, match="study='x': allowed are bytes, epochs, induction, objectives, "
     ):
         read_study("x", False)
 
