@@ -23,7 +23,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from scripts.cli import CONFIGS, register  # noqa: E402
 
 HEADS = "model.n_future_tokens"
-CORPUS = ("sizes", "bytes", "weights", "objectives", "vocabulary")
+CORPUS = ("sizes", "bytes", "weights", "objectives", "vocabulary", "epochs")
 SMALL = ["model.dim=16", "model.n_layers=5", "train.steps=100"]
 STUDY = Study(
     "Does it?",
