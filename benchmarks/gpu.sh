@@ -83,7 +83,7 @@ for what in ${@:-train decode}; do
                 batch_size=32 lr=${LR:-5e-4}
             ;;
         studies)
-            for study in sizes bytes vocabulary epochs weights objectives; do
+            for study in sizes bytes vocabulary epochs finetune weights objectives; do
                 part "science_${study}_$gpu" 36000 benchmarks.science "study=$study" \
                     'words=["device=cuda","train.compile=true","train.batch_size=64"]'
             done

@@ -72,9 +72,10 @@ class ScienceConfig:
 class Study:
     """arms: one key with its values, or names with the keys of each. axes: keys with their values;
     `pieces` is for how many of SentencePiece, made of what `words` say of data, or bytes.
-    measure: a key of metrics.jsonl. columns: more of its keys that the table has beside it. tests:
-    task_args of other problems that every finished model is asked, by a name. quick: what is
-    otherwise with quick=true, the same direction in minutes.
+    before: keys of the run that each arm's begins with, if any, `before_words` are of all; one with
+    the same keys and seed is shared. measure: a key of metrics.jsonl. columns: more of its keys
+    that the table has beside it. tests: task_args of other problems that every finished model is
+    asked, by a name. quick: what is otherwise with quick=true, the same direction in minutes.
     """
 
     question: str
@@ -89,6 +90,8 @@ class Study:
     higher: bool = True  # is better
     columns: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    before: dict[str, Values] = field(default_factory=dict)
+    before_words: list[str] = field(default_factory=list)
     tests: dict[str, dict[str, int]] = field(default_factory=dict)
     problems: int = 1000  # of each test
     quick: dict[str, Any] = field(default_factory=dict)
@@ -108,6 +111,8 @@ class Study:
             raise ValueError(f"seeds={self.seeds}: an interval needs at least 2")
         if ("time" in self.budgets) != (self.seconds is not None):
             raise ValueError("seconds: for budgets=[time], which needs them")
+        if self.before and self.before.keys() != self.arms.keys():
+            raise ValueError(f"before={sorted(self.before)}: give the keys of each arm")
         if self.problems < 1:
             raise ValueError(f"problems={self.problems}: must be at least 1")
 
@@ -154,7 +159,8 @@ def read_study(name: str, quick: bool) -> Study:
 
 class Cell(NamedTuple):
     """place: the row of the table that it belongs to. folder: named after what tells its run from
-    the others, as in sweeps of Hydra; cells of different places may share a run.
+    the others, as in sweeps of Hydra; cells of different places may share a run. before: the
+    folder and the words of the run that it begins with, if any.
     """
 
     arm: Any
@@ -163,6 +169,7 @@ class Cell(NamedTuple):
     seed: int
     words: tuple[str, ...]
     folder: str
+    before: tuple[str, tuple[str, ...]] | None = None
 
 
 def cells_of(study: Study, words: Sequence[str] = (), out: str = "runs/science") -> list[Cell]:
@@ -184,8 +191,19 @@ def cells_of(study: Study, words: Sequence[str] = (), out: str = "runs/science")
         folder = _last_keys(different)
         place = (("budget", budget), *setting.items())
         every = (*own, *chosen, *seeds)
-        cells.append(Cell(arm, place, tuple(tuned.items()), seed, every, folder))
+        before = _before(study, arm, words, seeds)
+        cells.append(Cell(arm, place, tuple(tuned.items()), seed, every, folder, before))
     return cells
+
+
+def _before(
+    study: Study, arm: Any, words: Sequence[str], seeds: Sequence[str]
+) -> tuple[str, tuple[str, ...]] | None:
+    if not study.before:
+        return None
+    keys = as_words(study.before[arm])
+    folder = f"before,{_last_keys([*keys, seeds[0]])}"
+    return folder, (*study.before_words, *words, *keys, *seeds)
 
 
 def _words_of(setting: Values, words: Sequence[str], out: Path) -> list[str]:
@@ -270,7 +288,7 @@ def train_all(cells: Sequence[Cell], study: Study, out: Path) -> dict[Cell, Valu
     folders = {cell: out.resolve() / cell.folder for cell in cells}
     new = [cell for cell, folder in folders.items() if not (folder / RECORD).is_file()]
     for cell in {(cell.arm, cell.place): cell for cell in new}.values():
-        _train(*cell.words, "dry_run=true")
+        _train(*(cell.before[1] if cell.before else cell.words), "dry_run=true")
     found = {}
     for number, (cell, folder) in enumerate(folders.items(), 1):
         print(f"run {number} of {len(cells)}: {cell.folder}", file=sys.stderr, flush=True)
@@ -281,11 +299,19 @@ def train_all(cells: Sequence[Cell], study: Study, out: Path) -> dict[Cell, Valu
 def trained(cell: Cell, study: Study, folder: Path) -> Values:
     """The cell's record, made by training where there is none. SystemExit if it was stopped."""
     identity = {"words": [*cell.words], "measure": study.measure, "asked": study.asked}
+    if cell.before:
+        identity["before"] = [*cell.before[1]]
     return kept(folder, identity, lambda: _made(cell, study, folder / "run"))
 
 
 def _made(cell: Cell, study: Study, run_dir: Path) -> Values:
-    _train(*cell.words, f"run_dir={json.dumps(str(run_dir))}", "resume=auto")
+    words = list(cell.words)
+    if cell.before:
+        folder, before = cell.before
+        begun = json.dumps(str(run_dir.parents[1] / folder))
+        _train(*before, f"run_dir={begun}", "resume=auto")
+        words.append(f"init_from={begun}")
+    _train(*words, f"run_dir={json.dumps(str(run_dir))}", "resume=auto")
     rows = [json.loads(line) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
     last = rows[-1] if rows else {}
     for key in (study.measure, *study.columns):

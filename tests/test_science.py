@@ -70,7 +70,8 @@ def test_every_shipped_study_has_a_grid_and_a_quick_one_in_its_direction():
     assert {"star_graph", "induction", "polynomial", *CORPUS} <= {*names}
     for name in names:
         whole, quick = (read_study(name, quick) for quick in (False, True))
-        assert whole.seeds >= 3 <= quick.seeds and len(quick.words) > len(whole.words)
+        assert whole.seeds >= 3 <= quick.seeds
+        assert (quick.words, quick.before_words) != (whole.words, whole.before_words)
         arms, fewer = whole.keys_of, quick.keys_of
         assert fewer.items() <= arms.items() and len(fewer) > 1
         assert next(iter(arms)) == next(iter(fewer))
@@ -131,9 +132,49 @@ def test_every_arm_of_a_corpus_trains_at_toy_length(name, tmp_path):
         assert all(math.isfinite(last[key]) for key in (study.measure, *study.columns)), cell.arm
 
 
+def test_arms_may_begin_with_runs_of_their_own_and_share_those_that_are_alike(
+    tmp_path, monkeypatch
+):
+    """The shipped study at toy length, by the real runs."""
+    said = []
+
+    def train_here(*words):
+        said.append(words)
+        run(whole_config(*words))
+
+    monkeypatch.setattr(science, "_train", train_here)
+    for part in ("before", "after"):
+        (tmp_path / f"{part}.txt").write_text(f"{part}: " + "abc\n" * 900)
+    toy = [*("data.source=text", "data.seq_len=40", "train.steps=2", "train.batch_size=2")]
+    toy += ["train.eval_batches=1", "train.eval_every=1", "device=cpu", "data.holdout=[]"]
+    toy += ["data.val_fraction=0.2"]
+    study = read_study("finetune", False)
+    study = replace(
+        study,
+        tuned={},
+        seeds=2,
+        before_words=[
+            *study.before_words,
+            "model.dim=16",
+            *toy,
+            f"data.path={tmp_path}/before.txt",
+        ],
+        words=[w for w in study.words if "pattern" not in w]
+        + [*toy, f"data.path={tmp_path}/after.txt"],
+    )
+    found = science.train_all(cells_of(study), study, tmp_path / "out")
+    begun = {word for words in said for word in words if word.startswith("init_from=")}
+    assert len(begun) == 6 and len(found) == 8  # four arms of two seeds, two begin alike
+    assert len({run["parameters"] for run in found.values()}) == 1
+    of_arm = {(cell.arm, cell.seed): run["value"] for cell, run in found.items()}
+    assert len({*of_arm.values()}) == 8
+    with pytest.raises(ValueError, match="before=.*: give the keys of each arm"):
+        replace(study, before={"one_then_one": {}})
+
+
 def test_an_unknown_study_is_refused_with_those_there_are():
     with pytest.raises(
-        SystemExit, match="study='x': allowed are bytes, epochs, induction, objectives, "
+        SystemExit, match="study='x': allowed are bytes, epochs, finetune, induction, "
     ):
         read_study("x", False)
 
@@ -398,7 +439,8 @@ def test_the_book_reads_what_a_study_writes(claim, holds, monkeypatch):
     baseline = cells[0].arm
 
     def value(cell):
-        gain = dict(cell.place).get("model.dim", 128) * 1e-3 + 0.05 * (cell.arm == "reverse")
+        best = cell.arm in ("reverse", "four_then_one")
+        gain = dict(cell.place).get("model.dim", 128) * 1e-3 + 0.05 * best
         return 2 - gain * (holds and cell.arm != baseline) + cell.seed / 100
 
     found = {c: made(value(c), columns=dict.fromkeys(study.columns, 1.0)) for c in cells}
