@@ -50,7 +50,8 @@ def exact_ways(setting: Setting, sampling: Sampling) -> dict[str, Way]:
         for name, chain in chains(setting).items():
             found[f"{name}{said}"] = Way(kind, at, *chain)
     if grows_beams(setting.target):
-        tree = Guessing(lambda k: OwnHeads(tree=k), TREE, (setting.target, "guess"))
+        of_tree = partial(OwnHeads, None, vocabulary=setting.vocabulary)
+        tree = Guessing(of_tree, TREE, (setting.target, "guess"))
         found[f"{setting.heads}, tree"] = Way(SAME_TEXT, law, *tree)
     return found
 
@@ -59,7 +60,8 @@ def chains(setting: Setting) -> dict[str, Guessing]:
     target, draft, found = setting.target, setting.draft, dict[str, Guessing]()
     if most := target.extra_heads:
         depths = tuple(sorted({1, -(-most // 2), most}))
-        found[f"{setting.heads}, chain"] = Guessing(OwnHeads, depths, (target, "guess"))
+        of_heads = partial(OwnHeads, vocabulary=setting.vocabulary)
+        found[f"{setting.heads}, chain"] = Guessing(of_heads, depths, (target, "guess"))
     if draft is not None:
         found["draft model"] = Guessing(partial(DraftModel, draft), AHEAD, (draft, "read"))
     return found
@@ -74,7 +76,7 @@ def beams(setting: Setting, sampling: Sampling, whole: bool = False) -> dict[str
         return found
     if grows_beams(target):
         depths = tuple(sorted({-(-target.extra_heads // 2), target.extra_heads}))
-        of_heads = partial(BeamHeads, width=WIDTH)
+        of_heads = partial(BeamHeads, width=WIDTH, vocabulary=setting.vocabulary)
         found[f"MTAD, {setting.heads}"] = Guessing(of_heads, depths, (target, "guess"))
     if draft is not None:
         of_model = partial(BeamModel, draft, width=WIDTH)

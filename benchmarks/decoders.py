@@ -65,6 +65,7 @@ from benchmarks.ways import (
     race,
     set_up,
 )
+from mtp.data import read_vocabulary
 from mtp.decode.drafters import DraftModel, OwnHeads
 from mtp.evaluate.scores import interval
 from mtp.files import write_text
@@ -79,7 +80,8 @@ QUICK: dict[str, Any] = {"prompts": 8, "new_tokens": 48, "rounds": 2}
 
 @dataclass
 class DecodersConfig:
-    """heads: folders, with commas between. batch: the size beside 1. threshold: of joint ways. The
+    """heads: folders, with commas between. vocabulary: a file of `scripts/draft_vocabulary.py`, the
+    only tokens that heads guess. batch: the size beside 1. threshold: of joint ways. The
     other words are those of `JointConfig`. quick: the direction in minutes, in a file of its own.
     """
 
@@ -87,6 +89,7 @@ class DecodersConfig:
     draft: str = ""
     consistency: str = ""
     heads: str = ""
+    vocabulary: str = ""
     task: str = "text"
     text: str = ""
     conditions: int = 4
@@ -144,13 +147,14 @@ class Entry(NamedTuple):
 def prepare(config: DecodersConfig) -> tuple[dict[str, Entry], dict[str, str]]:
     """Every row, plain decoding first, and those that there are not, each with the reason."""
     asked, at = config.asked(), (find_device(config.device), PRECISIONS[config.precision])
-    setting = open_setting(asked, at[0], probed=config.batch)
+    ids = read_vocabulary(config.vocabulary)
+    setting = replace(open_setting(asked, at[0], probed=config.batch), vocabulary=ids)
     found = entries(setting, config.sampling, config.threshold)
     missing = left_out(setting, config.sampling)
     for run_name, folder in config.folders.items():
         target, _ = opened(config.model, *at)
         more = set_up(target, None, folder, setting.requests, probed=config.batch)
-        attached = replace(more, heads=f"heads of {run_name}")
+        attached = replace(more, heads=f"heads of {run_name}", vocabulary=ids)
         of_heads = entries(attached, config.sampling, config.threshold)
         found |= {name: e for name, e in of_heads.items() if attached.heads in name}
     if config.consistency:
@@ -239,7 +243,7 @@ def acceptance_on_text(
     if not rows or depth is None:
         return None
     if isinstance(drafter, OwnHeads):
-        text = on_text(target, rows, drafter.tree or 1, begins=begins)
+        text = on_text(target, rows, drafter.tree or 1, drafter.vocabulary, begins)
         return 1 + sum(text.tree if drafter.tree else text.chain[:depth])
     if isinstance(drafter, DraftModel):
         return 1 + sum(draft_on_text(target, drafter.model, rows, depth, begins))

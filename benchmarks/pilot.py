@@ -25,6 +25,7 @@ from benchmarks.energy import idle_watts
 from benchmarks.figures import LEVEL, beside_plain, figures, measured, written
 from benchmarks.timing import Turns, fastest_threads, seconds
 from benchmarks.ways import PLAIN, PROBED, Setting, Spent, Way, contender, race, set_up
+from mtp.data import read_vocabulary
 from mtp.decode.joint import THRESHOLDS, Calibrated, calibrate
 from mtp.decode.sampling import Sampling
 from mtp.encoding import chat_template
@@ -42,7 +43,8 @@ Say = Callable[[str], object]
 
 @dataclass
 class PilotConfig:
-    """What `scripts/pilot.py` takes. heads: a folder of some that were attached to the model. chat:
+    """What `scripts/pilot.py` takes. heads: a folder of some that were attached to the model.
+    vocabulary: a file of scripts/draft_vocabulary.py, the only tokens that heads guess. chat:
     prompts are what a user says. budget: nats per token that a lossy way may lose, 0.05 are 5 % of
     perplexity. minutes: take as many of the prompts as fit in; null takes all.
     """
@@ -51,6 +53,7 @@ class PilotConfig:
     prompts: str = ""  # a file of JSON lines (*.jsonl), or with a prompt on each line
     draft: str | None = None  # a smaller model of the same tokenizer
     heads: str | None = None
+    vocabulary: str | None = None
     chat: bool = False
     new_tokens: int = 128
     rounds: int = 2
@@ -122,11 +125,12 @@ def prepare(config: PilotConfig, cases: Sequence[Case]) -> Ready:
     if auxiliary and auxiliary.tokenizer.fingerprint != found.tokenizer.fingerprint:
         raise ValueError(f"draft={config.draft} has another tokenizer than {config.model}")
     requests = requests_of(config, cases, found)
+    ids = read_vocabulary(config.vocabulary)
     device, dtype = find_device(config.device), PRECISIONS[config.precision]
     target, draft = found.open(device, dtype), auxiliary and auxiliary.open(device, dtype)
     half = len(requests) // 2
     setting = set_up(target, draft, config.heads, requests, found.tokenizer, probed=half)
-    return Ready(setting, list(cases))
+    return Ready(replace(setting, vocabulary=ids), list(cases))
 
 
 def requests_of(config: PilotConfig, cases: Sequence[Case], found: FoundModel) -> list[mtp.Request]:

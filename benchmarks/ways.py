@@ -42,7 +42,7 @@ PROBED = 3  # texts that warm up, and find the depth of each way
 class Setting:
     """parameters: by which a position of target, of draft and of one extra head is multiplied.
     requests: `probed` ones, and those that are measured. problems: that those answer. weights:
-    bytes of target and of draft. heads: what to call the target's.
+    bytes of target and of draft. heads: what to call the target's. vocabulary: all that they guess.
     """
 
     target: Any
@@ -55,6 +55,7 @@ class Setting:
     probed: int = PROBED
     weights: dict[str, int] = field(default_factory=dict)
     heads: str = "own heads"
+    vocabulary: Sequence[int] | None = None
 
     @property
     def measured(self) -> list[mtp.Request]:

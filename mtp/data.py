@@ -145,6 +145,21 @@ def frequent_tokens(corpus: Corpus, count: int) -> torch.Tensor:
     return torch.tensor([end, *others[: count - 1]])
 
 
+def read_vocabulary(file: str | None) -> list[int] | None:
+    """What `scripts/draft_vocabulary.py` wrote; None where no file is named. ValueError if it holds
+    no list of ids.
+    """
+    if not file:
+        return None
+    try:
+        ids = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ValueError(f"vocabulary={file} holds no list of token ids")
+    return ids
+
+
 # Rows -> batches.
 
 

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 import mtp
 from mtp import checkpoint
+from mtp.data import read_vocabulary
 from mtp.interop.attach import AttachedHeads, load_heads
 from mtp.interop.fetch import fetched
 from mtp.interop.folder import load_causal_lm
@@ -34,7 +35,6 @@ from mtp.tokenizer import (
 )
 from mtp.train import PRECISIONS
 from scripts.cli import launch
-from scripts.draft_vocabulary import read_vocabulary
 
 Read = tuple[Any, Tokenizer | None]
 Write = Callable[[Any, Tokenizer | None, Any], object]

@@ -40,18 +40,5 @@ def draft_vocabulary(config: VocabularyConfig) -> None:
     print(f"written: {config.out}, {len(ids)} of {tokenizer.vocab_size} tokens")
 
 
-def read_vocabulary(file: str | None) -> list[int] | None:
-    """What `draft_vocabulary` wrote; None where no file is named."""
-    if file is None:
-        return None
-    try:
-        ids = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError:
-        ids = None
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"vocabulary={file} holds no list of token ids")
-    return ids
-
-
 if __name__ == "__main__":
     launch("draft_vocabulary", VocabularyConfig, draft_vocabulary)

@@ -23,7 +23,7 @@ import torch
 from omegaconf import MISSING
 
 import mtp
-from mtp.data import Batches, load_corpus
+from mtp.data import Batches, load_corpus, read_vocabulary
 from mtp.decode.contract import Drafter
 from mtp.decode.drafters import make_drafter
 from mtp.decode.health import health
@@ -34,7 +34,6 @@ from mtp.run import data_of, find_device
 from mtp.tokenizer import Tokenizer
 from mtp.train import PRECISIONS
 from scripts.cli import launch, read_lines
-from scripts.draft_vocabulary import read_vocabulary
 
 CHECKED_ROWS, CHECKED_TOKENS, CHECKED_NEW = 8, 256, 96  # a minute's work for a model of 100M
 

@@ -11,8 +11,8 @@ from conftest import a_run, tiny
 
 import mtp
 from benchmarks import decoders
-from benchmarks.decoder_ways import LOSSY, SAME_LAW, SAME_TEXT
-from benchmarks.decoders import OWN_TEXT, DecodersConfig, prepare, run
+from benchmarks.decoder_ways import LOSSY, SAME_LAW, SAME_TEXT, exact_ways
+from benchmarks.decoders import OWN_TEXT, DecodersConfig, acceptance_on_text, prepare, run
 from benchmarks.decoders_report import COLOURS, decoders_markdown
 from benchmarks.tasks import TASKS, Problem
 from benchmarks.texts import draft_on_text
@@ -165,6 +165,24 @@ def test_attached_heads_stand_in_for_those_that_a_model_lacks(toy, folder, tmp_p
     words = {"model": str(model), "heads": str(heads), "draft": "", "consistency": ""}
     found, missing = prepare(replace(toy, **words))
     assert "MTAD, heads of mine" in found and "joint" not in missing
+
+
+def test_heads_of_every_row_guess_the_vocabulary_alone(toy, tmp_path):
+    file = tmp_path / "frequent.json"
+    file.write_text("[256, 10, 97]")
+    (whole, _), (found, _) = prepare(toy), prepare(replace(toy, vocabulary=str(file)))
+    drafters = [e.way.drafter(2) for name, e in found.items() if "heads" in name]
+    assert [drafter.vocabulary.tolist() for drafter in drafters] == [[256, 10, 97]] * 8
+    row, chain = [97] * 9, found["own heads, chain"]
+    chosen = {*mtp.load(toy.model)(torch.tensor([row]))[0].argmax(-1).tolist()}
+    for ids, stands in ((range(257), None), ({*range(257)} - chosen, 1.0)):
+        of_ids = chain._replace(setting=replace(chain.setting, vocabulary=sorted(ids)))
+        way = exact_ways(of_ids.setting, toy.sampling)["own heads, chain"]
+        wanted = acceptance_on_text(of_ids._replace(way=way), 2, [row], [0])
+        assert wanted == (stands or acceptance_on_text(whole["own heads, chain"], 2, [row], [0]))
+    file.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="frequent.json holds no list of token ids"):
+        prepare(replace(toy, vocabulary=str(file)))
 
 
 def test_a_model_that_is_neither_a_folder_nor_a_shape_is_refused(toy):
