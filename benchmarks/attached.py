@@ -42,7 +42,7 @@ from benchmarks.record import launch, record
 from benchmarks.texts import Judge, coverage, movement, on_text, rows_of
 from benchmarks.timing import take_turns
 from benchmarks.ways import PLAIN
-from mtp.data import Corpus, frequent_tokens, load_corpus
+from mtp.data import Corpus, frequent_tokens, load_corpus, write_vocabulary
 from mtp.decode.depth import AdaptiveDepth
 from mtp.documents import DataConfig, iter_documents
 from mtp.hooks import console
@@ -61,9 +61,9 @@ ALL = 2**40  # bytes: of states, no limit
 
 @dataclass
 class AttachedConfig:
-    """minutes: of training, for each kind. out: a new folder for states and heads. own_tokens: that
-    the trunk writes after each beginning of prompt_tokens. groups: of prompts. texts: held-out rows
-    for the teacher-forced figures.
+    """minutes: of training, for each kind. out: a new folder for states, heads and the ids that
+    they guess. own_tokens: that the trunk writes after each beginning of prompt_tokens. groups: of
+    prompts. texts: held-out rows for the teacher-forced figures.
     """
 
     trunk: str
@@ -270,6 +270,7 @@ def run(config: AttachedConfig) -> dict[str, Any]:
     rows = held_out_rows(config, data, tokenizer)
     corpus, values = prepare(trunk, tokenizer, data, config)
     ids = frequent_tokens(corpus, config.vocabulary).sort().values
+    write_vocabulary(Path(config.out) / "vocabulary.json", ids)
     heads: dict[str, AttachedHeads] = {}
     values["kinds"] = {}
     for kind in config.kinds.split(","):

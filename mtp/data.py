@@ -28,6 +28,7 @@ import torch
 
 from mtp.documents import DataConfig, iter_documents
 from mtp.encoding import corpus_fingerprint, encode_document, join
+from mtp.files import write_text
 from mtp.loss import Batch
 from mtp.records import Document
 from mtp.tokenizer import Tokenizer
@@ -145,9 +146,14 @@ def frequent_tokens(corpus: Corpus, count: int) -> torch.Tensor:
     return torch.tensor([end, *others[: count - 1]])
 
 
+def write_vocabulary(file: Path, ids: torch.Tensor) -> None:
+    """What heads are to guess, as a JSON list of ids."""
+    write_text(file, json.dumps(ids.tolist()) + "\n")
+
+
 def read_vocabulary(file: str | None) -> list[int] | None:
-    """What `scripts/draft_vocabulary.py` wrote; None where no file is named. ValueError if it holds
-    no list of ids.
+    """What `write_vocabulary` wrote; None where no file is named. ValueError if it holds no list
+    of ids.
     """
     if not file:
         return None

@@ -3,7 +3,9 @@
 python scripts/attach.py trunk=FOLDER run_dir=runs/heads data=stdlib train.steps=500
 
 `trunk` is a Hugging Face folder, its name on the hub, or a run or checkpoint of ours. Beside it
-scripts/generate.py opens `run_dir/heads`. Of a run that a signal ended, resume=true makes the rest.
+scripts/generate.py opens `run_dir/heads`; draft_vocabulary=8192 has heads guess frequent tokens
+alone, which it reads from `run_dir/vocabulary.json`. Of a run that a signal ended, resume=true
+makes the rest.
 What a frozen trunk computes can be kept on disk, for all epochs and further runs: states=FOLDER.
 learning=lora or all trains the trunk, too, and writes it to `run_dir/trunk`. heads=FOLDER starts
 from saved heads, also where the trunk was trained further since. `--cfg job` prints every key.
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-from mtp.data import Batches, Corpus, frequent_tokens, load_corpora
+from mtp.data import Batches, Corpus, frequent_tokens, load_corpora, write_vocabulary
 from mtp.documents import DataConfig
 from mtp.estimate import disk_bytes
 from mtp.hooks import JsonlLog, console
@@ -29,18 +31,13 @@ from mtp.interop.draft_loss import DraftLoss
 from mtp.interop.folder import FoundModel, find_model
 from mtp.interop.states import StateBatches, write_states
 from mtp.interop.tuning import LEARNING, save_trunk, tune
-from mtp.run import (
-    METRICS,
-    RECORD,
-    evaluator,
-    find_device,
-    train_in,
-)
+from mtp.run import METRICS, RECORD, evaluator, find_device, train_in
 from mtp.run_dir import open_run_dir, resume_word
 from mtp.train import PRECISIONS, TrainConfig
 from scripts.cli import launch
 
 log = logging.getLogger("mtp")
+VOCABULARY = "vocabulary.json"
 SHAPING = ("trunk", "n", "kind", "learning", "lora_rank", "trunk_precision")
 UNUSED = ("compile", "recompute", "sharding")  # what is done to blocks of our own models
 
@@ -113,12 +110,14 @@ def attach(config: AttachConfig) -> None:
     if source is not None:
         _check_same(config, run_dir / RECORD)
     corpus, held_out = load_corpora(config.data, tokenizer)
+    count = config.draft_vocabulary
+    ids = None if count is None else frequent_tokens(corpus, count)
     progress = train_in(
         run_dir,
         source,
         model,
         _batches(config, model, corpus),
-        _loss(config, model, corpus),
+        DraftLoss(model.n_future_tokens, ids, next_token=config.learning != "frozen"),
         config.train,
         hooks=lambda at_start: [JsonlLog(run_dir / METRICS, at_start), console],
         evaluate=evaluator(held_out, config.data, config.train, model.n_future_tokens),
@@ -134,6 +133,9 @@ def attach(config: AttachConfig) -> None:
     if config.learning != "frozen":
         like = found.folder if found.theirs else None
         print(f"written: {save_trunk(model, run_dir / 'trunk', tokenizer, like)}")
+    if ids is not None:
+        write_vocabulary(run_dir / VOCABULARY, ids)
+        print(f"written: {run_dir / VOCABULARY}, all that the heads guess")
     print(f"written: {save_heads(model, run_dir / 'heads')}")
 
 
@@ -165,12 +167,6 @@ def _batches(config: AttachConfig, model: AttachedHeads, corpus: Corpus) -> Batc
         budget = int(config.states_gib * 2**30)
         write_states(config.states, model, corpus, data.seq_len, budget, batch_size=rows)
     return StateBatches(config.states, model, corpus, data.seq_len, rows, data.seed)
-
-
-def _loss(config: AttachConfig, model: AttachedHeads, corpus: Corpus) -> DraftLoss:
-    count = config.draft_vocabulary
-    vocabulary = None if count is None else frequent_tokens(corpus, count)
-    return DraftLoss(model.n_future_tokens, vocabulary, next_token=config.learning != "frozen")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ python scripts/generate.py checkpoint=FOLDER drafter=heads vocabulary=runs/frequ
 `out` is a JSON list of ids. Heads that score fewer tokens draft faster, and miss the others.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING
 
-from mtp.data import frequent_tokens, load_corpus
+from mtp.data import frequent_tokens, load_corpus, write_vocabulary
 from mtp.documents import DataConfig
-from mtp.files import write_text
 from mtp.interop.folder import find_model
 from scripts.cli import launch
 
@@ -36,7 +34,7 @@ class VocabularyConfig:
 def draft_vocabulary(config: VocabularyConfig) -> None:
     tokenizer = find_model(config.checkpoint, special=False).tokenizer
     ids = frequent_tokens(load_corpus(config.data, tokenizer, held_out=False), config.count)
-    write_text(Path(config.out), json.dumps(ids.tolist()) + "\n")
+    write_vocabulary(Path(config.out), ids)
     print(f"written: {config.out}, {len(ids)} of {tokenizer.vocab_size} tokens")
 
 

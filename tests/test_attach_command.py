@@ -13,6 +13,7 @@ from safetensors.torch import load_file  # noqa: E402
 from test_attach import settings, small_folder  # noqa: E402
 from test_run import TIMES  # noqa: E402
 
+from mtp.data import read_vocabulary
 from mtp.documents import DataConfig  # noqa: E402
 from mtp.hooks import read_jsonl  # noqa: E402
 from mtp.interop.attach import WEIGHTS, load_heads  # noqa: E402
@@ -71,6 +72,8 @@ def test_a_run_from_states_in_two_parts_is_the_run_in_one(config, tmp_path):
     attach(replace(config, resume="true"))
     parts, whole = ([x for x in lines(c) if x["step"] not in (14, 30)] for c in (config, one))
     assert parts == whole
+    ids = read_vocabulary(str(Path(config.run_dir, "vocabulary.json")))
+    assert len(ids) == 5 and 256 in ids
     assert all(map(torch.equal, written(config).values(), written(one).values()))
     assert not any(map(torch.equal, first.values(), written(one).values()))
     with pytest.raises(ValueError, match=r"another: kind='causal' \(saved: 'residual'\)"):

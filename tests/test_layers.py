@@ -41,8 +41,8 @@ EXACT = {
     },
     "mtp.encoding": {"mtp.records", "mtp.tokenizer"},
     "mtp.data": {
-        *("mtp.documents", "mtp.encoding", "mtp.loss", "mtp.records", "mtp.tokenizer"),
-        "mtp.versions",
+        *("mtp.documents", "mtp.encoding", "mtp.files", "mtp.loss", "mtp.records"),
+        *("mtp.tokenizer", "mtp.versions"),
     },
     "mtp.shards": {
         *("mtp.data", "mtp.documents", "mtp.encoding", "mtp.records", "mtp.tokenizer"),
