@@ -95,6 +95,8 @@ def _errors_in_one_line() -> Iterator[None]:
         yield
     except ERRORS as error:
         sys.exit(f"error: {_in_one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 def _in_one_line(error: BaseException) -> str:

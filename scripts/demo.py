@@ -64,7 +64,7 @@ def main(words: list[str]) -> None:
     progress = run(config, hooks=[BestThreads()])
     assert progress is not None
     if progress.stopped:
-        sys.exit("the demo was stopped; `make demo` starts it anew")
+        raise KeyboardInterrupt
     model, tokenizer = mtp.load(folder), mtp.load_tokenizer(folder)
     decoding = DecodeConfig()
     prompts = held_out_prompts(held_out, tokenizer, decoding.prompts, decoding.prompt_tokens)
@@ -171,4 +171,7 @@ def table(s: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("the demo was stopped; `make demo` starts it anew")

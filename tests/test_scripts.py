@@ -407,6 +407,15 @@ def test_mistakes_in_generating_end_in_one_line(words, say, trained, command):
     assert say in str(caught.value.code)
 
 
+def test_an_interruption_is_a_line_too(command, trained, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mtp.interop.folder.find_model", interrupted)
+    with pytest.raises(SystemExit, match="^stopped$"):
+        generated(command, trained, "prompt=a")
+
+
 # The demo.
 
 

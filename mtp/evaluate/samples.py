@@ -63,12 +63,14 @@ class SampleFile:
 def read_samples(path: Path) -> tuple[dict[str, Any], list[Sample]]:
     """The run and its samples. ValueError names the line that is none, or says what is twice."""
     header, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
+    unnamed = f"{path}: is no file of samples: line 1 does not name a run"
     try:
-        said = json.loads(header)
-        run = said["run"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no file of samples: line 1 does not name a run") from error
+        said = {**json.loads(header)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(unnamed) from error
     check_version(said, FORMAT_VERSION, path)
+    if "run" not in said:
+        raise ValueError(unnamed)
     samples = []
     for number, line in enumerate(lines, start=2):
         try:
@@ -77,7 +79,7 @@ def read_samples(path: Path) -> tuple[dict[str, Any], list[Sample]]:
             raise ValueError(f"{path}, line {number}: is no sample ({error})") from error
     if len({(s.task_id, s.number) for s in samples}) < len(samples):
         raise ValueError(f"{path}: holds a sample twice: two runs wrote to it at once")
-    return run, samples
+    return said["run"], samples
 
 
 def _check_same_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
