@@ -18,8 +18,9 @@ Every cell of the grid is one run of `scripts/train.py`, with its command in its
 turns seed by seed. A cell that is done is read back from its record, one that was stopped goes on
 from its checkpoint: the same command goes on where it was. Of `tuned` each arm has what is best on
 the mean over seeds, on the same held-out problems that it is scored on: a little flattering to all
-arms alike. Intervals are Student's t over seeds, 90 %; `difference` pairs runs of one seed. The
-last line is JSON.
+arms alike. Intervals are Student's t over seeds, 90 %; `difference` pairs runs of one seed, and so
+does `tokens_to_baseline`: those after which an arm was as good as the baseline in the end, between
+two validations on the straight line, null where it never was. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -378,12 +379,28 @@ def _line(study: Study, runs: list[Values], baseline: list[Values]) -> Values:
         **over_seeds(values)._asdict(),
         "difference": difference._asdict(),
         "verdict": verdict(difference, study.higher),
+        "tokens_to_baseline": [
+            tokens_to(run, base["value"], study.higher)
+            for run, base in zip(runs, baseline, strict=True)
+        ],
         "tests": {name: over_seeds(shares)._asdict() for name, shares in tests.items()},
         "columns": {key: over_seeds(values)._asdict() for key, values in columns.items()},
         **{key: runs[0][key] for key in ("parameters", "step", "tokens")},
         "seconds": [run["seconds"] for run in runs],
         "curves": [run["curve"] for run in runs],
     }
+
+
+def tokens_to(run: Values, target: float, higher: bool) -> float | None:
+    """After how many a run's measure first was as good as `target`."""
+    sign, before = 1 if higher else -1, None
+    for step, value in run["curve"]:
+        if sign * (value - target) >= 0:
+            if before is not None:
+                step = before[0] + (step - before[0]) * (target - before[1]) / (value - before[1])
+            return step * run["tokens"] / run["step"]
+        before = step, value
+    return None
 
 
 def verdict(difference: Interval, higher: bool) -> str:
@@ -406,7 +423,7 @@ def run(config: ScienceConfig) -> Values:
     drawn(study_panels, study.question, study.measure, lines, written.with_suffix(".png"))
     kept = (
         *("place", "arm", "tuned", "mean", "low", "high", "difference", "verdict", "tests"),
-        *("columns", "parameters"),
+        *("columns", "parameters", "tokens_to_baseline"),
     )
     shown = [{key: line[key] for key in kept} for line in lines]
     return {"study": config.study, "measure": study.measure, "seeds": study.seeds, "table": shown}

@@ -352,6 +352,22 @@ def test_each_arm_has_its_best_and_is_compared_with_the_baseline_seed_by_seed():
     assert baseline["tuned"] == {"train.optim.lr": 0.01} and other["verdict"] == "better"
 
 
+@pytest.mark.parametrize(
+    ("curve", "target", "higher", "tokens"),
+    [
+        ([[1, 0.2], [2, 0.4], [4, 0.8]], 0.6, True, 30.0),  # a straight line between two
+        ([[1, 0.2], [2, 0.4], [4, 0.8]], 0.1, True, 10.0),  # from the first one on
+        ([[1, 0.2], [2, 0.9], [4, 0.1]], 0.5, True, 10.0 * (1 + 3 / 7)),  # that it got worse again
+        ([[1, 3.0], [3, 2.0]], 2.0, False, 30.0),
+        ([[1, 3.0], [3, 2.0]], 1.9, False, None),
+        ([], 1.0, True, None),
+    ],
+)
+def test_tokens_are_counted_until_the_baseline_is_reached(curve, target, higher, tokens):
+    run = made(0.0, curve=curve, step=4, tokens=40)
+    assert science.tokens_to(run, target, higher) == (tokens and pytest.approx(tokens))
+
+
 def test_a_difference_within_its_interval_stays_open():
     study = replace(STUDY, axes={}, tuned={})
     cells = cells_of(study)
