@@ -310,9 +310,13 @@ def load_documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
 
 
 def _part(document: Document, share: float, held_out: bool) -> Document:
-    """The beginning of a lone text, or its last `share`, cut at the start of a line."""
+    """The beginning of a lone text, or its last `share`, cut at the start of a line; within one
+    that is more than a tenth of the text, which would hold out far more than was asked for.
+    """
     ((text, is_target),) = document.segments
-    at = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1
+    wanted = int(len(text) * (1 - share))
+    line = text.rfind("\n", 0, wanted) + 1
+    at = wanted if wanted - line > len(text) / 10 else line
     return Document(((text[at:] if held_out else text[:at], is_target),), document.name)
 
 

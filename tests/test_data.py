@@ -542,6 +542,16 @@ def test_the_end_of_a_lone_text_is_held_out(tmp_path):
     assert training.text.endswith("\n") and 0.05 < len(held_out.text) / len(text) < 0.15
 
 
+@pytest.mark.parametrize("title", ["", "A title\n"])
+def test_a_lone_text_without_lines_is_cut_all_the_same(tmp_path, title):
+    text = title + "word " * 1000
+    (tmp_path / "book.txt").write_text(text)
+    config = DataConfig("text", str(tmp_path / "book.txt"), val_fraction=0.1)
+    (training,), (held_out,) = load_documents(config)
+    assert training.text + held_out.text == text
+    assert len(held_out.text) == pytest.approx(len(text) / 10, abs=1)
+
+
 def test_ngram_overlap_is_the_share_found_in_training():
     assert ngram_overlap(["a b c  d"], ["b c\nd e"], n=2) == pytest.approx(2 / 3)
     assert ngram_overlap(["a b", "c d"], ["b c"], n=2) == 0.0  # n-grams do not cross documents
