@@ -280,6 +280,11 @@ def _one_part(config: DataConfig, held_out: bool) -> Iterator[Document]:
     empty = True
     documents = SOURCES[config.source](config)
     first = list(islice(documents, 2))
+    if len(first) == 1 and config.share < 1 and not held_out:
+        raise ValueError(
+            f"data.share={config.share}: data.source={config.source!r}, path {config.path} is one "
+            f"document, which trains whole: a share is one of documents"
+        )
     if len(first) == 1 and len(first[0].segments) == 1 and config.val_fraction:
         if not separate and not config.holdout:  # one book: its end is held out
             first, separate = [_part(first[0], config.val_fraction, held_out)], True

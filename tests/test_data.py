@@ -542,6 +542,15 @@ def test_the_end_of_a_lone_text_is_held_out(tmp_path):
     assert training.text.endswith("\n") and 0.05 < len(held_out.text) / len(text) < 0.15
 
 
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_lone_text_has_no_share(tmp_path, share):
+    """It would train whole or not at all, whatever part of it was asked for."""
+    (tmp_path / "book.txt").write_text("a line\n" * 100)
+    config = DataConfig("text", str(tmp_path / "book.txt"), val_fraction=0.1, share=share)
+    with pytest.raises(ValueError, match=f"data.share={share}.*is one document"):
+        load_documents(config)
+
+
 @pytest.mark.parametrize("title", ["", "A title\n"])
 def test_a_lone_text_without_lines_is_cut_all_the_same(tmp_path, title):
     text = title + "word " * 1000
