@@ -190,15 +190,18 @@ def train_in(
     at_start = state.progress["step"] if state else 0
     if at_start >= config.steps:
         _info("the run has done its %d steps already: nothing is left to do", at_start)
-    if rank() == 0:
-        write_text(run_dir / RECORD, json.dumps(record, indent=1))
+    def recorded(progress: Progress) -> None:
+        """After a step: what is refused before leaves the record of the run that is there."""
+        if progress.step == at_start + 1 and rank() == 0:
+            write_text(run_dir / RECORD, json.dumps(record, indent=1))
+
     with StopSignals() as stop:
         progress = train(
             model,
             batches,
             loss_fn,
             config,
-            hooks=hooks(at_start),
+            hooks=[recorded, *hooks(at_start)],
             evaluate=evaluate,
             save=_saver(run_dir, batches, tokenizer, notes, config.keep_last),
             resume=state,

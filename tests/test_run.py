@@ -109,6 +109,16 @@ def test_run_json_is_the_configuration(config):
     assert stored == json.loads(json.dumps(asdict(config)))
 
 
+def test_a_run_that_is_refused_leaves_the_record_of_the_one_there(config):
+    run(config)
+    before = (home(config) / "run.json").read_text()
+    longer = replace(config.train, steps=6)
+    other = replace(config, resume="true", train=longer, data=replace(config.data, seed=7))
+    with pytest.raises(ValueError, match="its seed is 0, not 7"):
+        run(other)
+    assert (home(config) / "run.json").read_text() == before
+
+
 def test_the_log_has_a_line_per_step_and_ends_with_the_validation(config, texts):
     progress = run(config)
     lines = list(read_jsonl(home(config) / "metrics.jsonl"))
