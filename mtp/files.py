@@ -18,7 +18,10 @@ PYTORCH = {"format": "pt"}  # metadata that transformers looks for in weights
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: a reader or a crash sees the old text or the new one."""
+    """Replace a file whole: a reader or a crash sees the old text or the new one. A missing
+    folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

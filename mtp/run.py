@@ -190,6 +190,7 @@ def train_in(
     at_start = state.progress["step"] if state else 0
     if at_start >= config.steps:
         _info("the run has done its %d steps already: nothing is left to do", at_start)
+
     def recorded(progress: Progress) -> None:
         """After a step: what is refused before leaves the record of the run that is there."""
         if progress.step == at_start + 1 and rank() == 0:

@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import a_run
 
 import mtp
 from mtp.checkpoint import load_training
 from mtp.consistency.files import read_trajectories
+from mtp.documents import DataConfig
 from mtp.hooks import read_jsonl
 from mtp.tokenizer import ByteTokenizer, train_sentencepiece
 
 pytest.importorskip("hydra")
+from scripts.draft_vocabulary import (  # noqa: E402
+    VocabularyConfig,
+    draft_vocabulary,
+    read_vocabulary,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -466,3 +473,11 @@ def test_the_demos_sentence_says_when_there_is_no_gain_and_when_texts_differ():
     assert "Verifying 4 tokens costs 1.25 plain steps" in good and "2.50 are accepted" in good
     assert "1.50 times faster and gives the same text" in good
     assert "0.75 times as fast: no gain" in bad and "OTHER TEXT, which is a bug" in bad
+
+
+def test_a_draft_vocabulary_goes_to_a_folder_that_is_not_there_yet(tmp_path):
+    (tmp_path / "text.txt").write_text("aab\n" * 20)
+    data = DataConfig("text", str(tmp_path / "text.txt"), val_fraction=0.1)
+    out = str(tmp_path / "new" / "frequent.json")
+    draft_vocabulary(VocabularyConfig(str(a_run(tmp_path / "run")), out, 2, data))
+    assert read_vocabulary(out) == [ByteTokenizer.end_id, ord("a")]
