@@ -303,6 +303,12 @@ def evaluator(
     """Validation on eval_batches batches, the same each time, shared among ranks."""
     ranks = (rank(), world_size())
     rows = config.batch_size
+    found, needed = len(held_out.tokens), data.seq_len + n
+    if found < needed:
+        raise ValueError(
+            f"{found} tokens are held out, one row needs {needed} (data.seq_len + "
+            f"n_future_tokens): hold out more (data.val_fraction, data.val_path, data.holdout)"
+        )
     batches = Batches(held_out, data.seq_len, n, rows, 0, *ranks, epochs=1)
     start = batches.state_dict()
 

@@ -129,6 +129,13 @@ def test_the_log_has_a_line_per_step_and_ends_with_the_validation(config, texts)
     assert {k: lines[-1][k] for k in held_out} == held_out
 
 
+def test_too_little_held_out_text_says_which_part_it_is(config, tmp_path):
+    (tmp_path / "text.txt").write_text("a line\n" * 100)
+    config.data = DataConfig("text", str(tmp_path / "text.txt"), val_fraction=0.01, seq_len=16)
+    with pytest.raises(ValueError, match="^8 tokens are held out, one row needs 19 .*val_fraction"):
+        run(config)
+
+
 def test_every_validation_reads_the_same_batches(config):
     config.train = replace(config.train, eval_every=1, optim=OptimConfig(lr=1e-12), eval_batches=2)
     run(config)
@@ -416,7 +423,7 @@ def test_a_wrong_number_of_head_weights_is_refused(config):
 def test_held_out_text_too_short_for_a_row_is_refused_before_training(config, texts, tmp_path):
     (tmp_path / "short.txt").write_text("abc")
     config.data = replace(config.data, val_path=str(tmp_path / "short.txt"))
-    with pytest.raises(ValueError, match="corpus: 4 tokens, one row needs 19"):
+    with pytest.raises(ValueError, match="4 tokens are held out, one row needs 19"):
         run(config, hooks=[lambda progress: pytest.fail("training began")])
 
 
