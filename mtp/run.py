@@ -102,6 +102,11 @@ class RunConfig:
             )
         if self.head_schedule is not None and self.objective != "tokens":
             raise ValueError(f"head_schedule: not together with objective={self.objective}")
+        if self.head_weights is not None and self.objective in ("consistency", "distill"):
+            raise ValueError(
+                f"head_weights: not together with objective={self.objective}, where head 1 alone "
+                f"learns"
+            )
         if self.objective == "consistency" and self.consistency.trajectories is None:
             raise ValueError("consistency.trajectories: give the folder of a collection")
         if self.objective == "consistency" and self.init_from is None:

@@ -196,6 +196,7 @@ def test_head_weights_reach_the_loss(config):
     [
         ({"head_schedule": "x"}, "head_schedule='x': allowed are forward, reverse, annealed, or"),
         ({"head_schedule": "reverse", "objective": "bag"}, "not together with objective=bag"),
+        ({"head_weights": [1.0], "objective": "distill"}, "not together with objective=distill"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(config, words, refusal):
