@@ -402,10 +402,12 @@ def mtp_loss(
     """The loss inside your own loop: rows (B, T + n) of plain text -> (loss to call backward on,
     mean loss of each head (N,)).
 
-    `n_future_tokens` is read from `model.config`; give it when the model is wrapped. For packed
-    documents, masks or weights use `MultiTokenLoss`.
+    `n_future_tokens` is the model's own, else its config's; give it when the model is wrapped. For
+    packed documents, masks or weights use `MultiTokenLoss`.
     """
-    n: Any = n_future_tokens or model.config.n_future_tokens  # type: ignore[union-attr]
+    # The config of attached heads is their trunk's, which says nothing of them.
+    says = model if hasattr(model, "n_future_tokens") else model.config
+    n: Any = n_future_tokens or says.n_future_tokens  # type: ignore[union-attr]
     objective, batch = MultiTokenLoss(n), plain_batch(row)
     count = objective.count(batch)
     loss, metrics = objective(model, batch, count)

@@ -40,7 +40,7 @@ from mtp.interop.attach import (  # noqa: E402
 )
 from mtp.interop.huggingface import CausalLM  # noqa: E402
 from mtp.interop.medusa import save_medusa  # noqa: E402
-from mtp.loss import MultiTokenLoss, future_targets, plain_batch  # noqa: E402
+from mtp.loss import MultiTokenLoss, future_targets, mtp_loss, plain_batch  # noqa: E402
 from mtp.optim import OptimConfig, Optimizer  # noqa: E402
 from mtp.train import TrainConfig, train, validate  # noqa: E402
 
@@ -243,6 +243,12 @@ def test_training_learns_and_leaves_the_trunk_alone(trunk, kind, monkeypatch):
     requests = [Request(row[:1].tolist(), 24) for row in data.rows]
     steps = [sum(c.steps for c in generate(m, requests, OwnHeads())) for m in (model, fresh)]
     assert steps[0] < steps[1]
+
+
+@pytest.mark.parametrize("trunk", ["ours", "llama"])
+def test_the_loss_of_ones_own_loop_knows_how_many_heads_are_attached(trunk):
+    _, means = mtp_loss(attached(trunk, "residual"), torch.arange(6)[None])
+    assert means.shape == (N,)
 
 
 def test_the_optimizer_knows_heads_alone():
