@@ -237,7 +237,13 @@ def _files(config: DataConfig, pattern: str) -> list[Path]:
     path = Path(str(config.path))
     if not path.exists():
         raise ValueError(f"data.path: no file or folder {path}")
-    return [path] if path.is_file() else _find(path, config.pattern or pattern)
+    if path.is_file():
+        return [path]
+    wanted = config.pattern or pattern
+    found = _find(path, wanted)
+    if not found:
+        raise ValueError(f"data.path: no file in {path} is called {wanted} (data.pattern)")
+    return found
 
 
 def _find(root: Path, pattern: str) -> list[Path]:
