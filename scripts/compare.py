@@ -34,7 +34,10 @@ from scripts.cli import REPORTS, launch
 N = "model.n_future_tokens"
 BITS, ACCEPTANCE = "val_bits_per_byte", "val_acceptance_length"
 SMALL = {"model": "1m", "train.steps": 1000, "train.batch_size": 8, "train.eval_every": 100}
-SAME = ("source", "path", "val_path", "val_split", "val_fraction", "holdout", "tokenizer")
+SAME = (  # what says which text is held out
+    *("source", "path", "pattern", "val_path", "val_split", "val_fraction", "holdout"),
+    *("tokenizer", "seq_len"),
+)
 Run = dict[str, Any]
 
 
@@ -123,12 +126,13 @@ def read_run(run_dir: Path) -> Run:
     n = said["model"]["n_future_tokens"]
     if not rows or f"{BITS}_{n}" not in rows[-1]:
         raise ValueError(f"{run_dir}: its last line of {METRICS} has no {BITS}_{n}: not finished?")
-    last, heads = rows[-1], range(1, n + 1)
+    last, heads, training = rows[-1], range(1, n + 1), said["train"]
     return {
         "run": run_dir.parent.name if run_dir.name == "run" else run_dir.name,
         "n": n,
-        "seed": said["train"]["seed"],
-        "data": {key: said["data"][key] for key in SAME},
+        "seed": training["seed"],
+        "same": {f"data.{key}": said["data"][key] for key in SAME}
+        | {"train.batch_size x eval_batches": training["batch_size"] * training["eval_batches"]},
         **{f"{BITS}_{i}": last[f"{BITS}_{i}"] for i in heads},
         "acceptance_length": last[ACCEPTANCE],
         "memory_gib": last["memory_gib"],
@@ -145,11 +149,11 @@ def _curve(rows: Sequence[Mapping[str, float]], key: str) -> list[list[float]]:
 def check_alike(runs: Sequence[Run]) -> None:
     """Bits per byte of other held-out text would be no comparison."""
     for run in runs:
-        for key in SAME:
-            if run["data"][key] != runs[0]["data"][key]:
+        for key, value in run["same"].items():
+            if value != (first := runs[0]["same"][key]):
                 raise ValueError(
-                    f"{run['run']} has data.{key}={run['data'][key]!r}, {runs[0]['run']} has "
-                    f"{runs[0]['data'][key]!r}: runs are compared on the same held-out text"
+                    f"{run['run']} has {key}={value!r}, {runs[0]['run']} has {first!r}: runs are "
+                    f"compared on the same held-out text"
                 )
     if twice := {(run["n"], run["seed"]) for run in runs if _alike(run, runs) > 1}:
         raise ValueError(f"n and seed {sorted(twice)}: are of several runs; give each once")

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import shutil
 
 import pytest
 
@@ -61,7 +62,7 @@ def made(n, seed, bits=1.0, **more):
     heads = {f"val_bits_per_byte_{i}": bits + i - 1 for i in range(1, n + 1)}
     curves = {i: [[1, 3.0], [2, bits]] for i in range(1, n + 1)}
     numbers = {"acceptance_length": n / 2 + 0.5, "memory_gib": 0.1, "parameters": 7}
-    rest = {"run": f"{n}/{seed}", "data": dict.fromkeys(compare.SAME), "curves": curves}
+    rest = {"run": f"{n}/{seed}", "same": {"data.path": None}, "curves": curves}
     return (
         {"n": n, "seed": seed, "seconds": 2.0, "tokens": 9, "step": 2}
         | heads
@@ -85,6 +86,19 @@ def test_runs_are_trained_and_leave_a_table_a_plot_and_a_record(compared):
     assert "verdict" in two and "verdict" not in one
     assert (compared / "compare.png").stat().st_size
     assert "bits per byte, head 2" in (compared / "compare.md").read_text()
+
+
+def test_runs_that_were_scored_on_more_of_the_text_are_refused(compared, tmp_path):
+    runs = [compare.read_run(folder) for folder in found_in([str(compared)])]
+    check_alike(runs)
+    for key in ("batch_size", "eval_batches"):
+        folder = tmp_path / key
+        shutil.copytree(next(found_in([str(compared)])), folder)
+        said = json.loads((folder / "run.json").read_text())
+        said["train"][key] *= 2
+        (folder / "run.json").write_text(json.dumps(said))
+        with pytest.raises(ValueError, match="batch_size x eval_batches=.* same held-out text"):
+            check_alike([runs[0], compare.read_run(folder)])
 
 
 def test_an_n_that_cannot_be_is_refused_before_any_run(text, tmp_path, monkeypatch):
@@ -143,7 +157,7 @@ def test_intervals_are_over_seeds_and_differences_pair_them():
 
 
 def test_runs_on_other_text_or_twice_the_same_are_refused():
-    other = made(2, 0, data=dict.fromkeys(compare.SAME) | {"path": "b"})
+    other = made(2, 0, same={"data.path": "b"})
     with pytest.raises(ValueError, match="2/0 has data.path='b', 1/0 has None: .* held-out text"):
         check_alike([made(1, 0), other])
     with pytest.raises(ValueError, match=r"n and seed \[\(1, 0\)\]: are of several runs"):
