@@ -23,6 +23,7 @@ The last line is one JSON object, of the kind that foresees most of the trunk's 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,9 @@ def own_text(trunk: Any, prompts: Prompts, config: AttachedConfig) -> Iterator[l
         completions = mtp.generate(model, requests, batch_size=32)
         for request, done in zip(requests, completions, strict=True):
             yield [*request.prompt, *done.tokens]
-        if time.monotonic() > until:
+        left = max(0.0, until - time.monotonic())
+        print(f"own text of {i + len(requests)} beginnings, {left:.0f} s left", file=sys.stderr)
+        if not left:
             return
 
 
