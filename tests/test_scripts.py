@@ -14,16 +14,13 @@ from conftest import a_run
 import mtp
 from mtp.checkpoint import load_training
 from mtp.consistency.files import read_trajectories
+from mtp.data import read_vocabulary
 from mtp.documents import DataConfig
 from mtp.hooks import read_jsonl
 from mtp.tokenizer import ByteTokenizer, train_sentencepiece
 
 pytest.importorskip("hydra")
-from scripts.draft_vocabulary import (  # noqa: E402
-    VocabularyConfig,
-    draft_vocabulary,
-    read_vocabulary,
-)
+from scripts.draft_vocabulary import VocabularyConfig, draft_vocabulary  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
