@@ -24,7 +24,6 @@ Beside the figures it writes a picture and a page of trajectories. The last line
 
 from __future__ import annotations
 
-import logging
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -278,5 +277,4 @@ def write_page(made: Models, paths: Mapping[str, Sequence[Trajectory]], path: Pa
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # of the trainings
     launch(BenchmarkConfig, run)

@@ -7,6 +7,7 @@ where only torch and the checkout are.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -130,8 +131,9 @@ def _as(hint: Any, value: Any) -> Any:
 
 def launch(kind: type[T], run: Callable[[T], Any]) -> None:
     """What `python -m benchmarks.NAME` does: the last line is what `run` makes of the words, as
-    JSON. What goes wrong ends in one line.
+    JSON. What the library tells of its progress goes to stderr; what goes wrong ends in one line.
     """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         print(json.dumps(run(parse(kind, sys.argv[1:]))))
     except (ValueError, OSError, ImportError) as error:
