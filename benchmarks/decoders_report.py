@@ -90,7 +90,7 @@ def decoder_bars(record: Mapping[str, Any], path: Path) -> None:
         axes.text(0.02, y, f"{speed['mean']:.2f}", va="center", color="white", fontsize=9)
     axes.axvline(1, color="0.4", lw=1, ls="--")
     axes.set_yticks(range(len(names)), names, fontsize=10)
-    axes.set_xlim(left=0)
+    axes.set(xlim=(0, None), ylim=(-0.7, len(names) - 0.3))
     axes.set_xlabel("tokens per second over plain decoding, batch 1", fontsize=10)
     kinds = dict.fromkeys(f["kind"] for f in rows.values())
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in kinds]
