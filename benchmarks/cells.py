@@ -25,9 +25,15 @@ def as_words(values: Values) -> list[str]:
 
 
 def call(script: str, *words: str, capture: bool = False) -> str:
-    """Run scripts/`script`.py; -> what it printed, if captured. SystemExit where it fails."""
+    """Run scripts/`script`.py; -> what it printed, if captured. SystemExit where it fails or is
+    interrupted.
+    """
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
+    pipe = subprocess.PIPE if capture else None
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=pipe, text=True)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on from here") from None
     if done.returncode:
         raise SystemExit(f"error: the run ended with status {done.returncode}: {' '.join(words)}")
     return done.stdout if capture else ""

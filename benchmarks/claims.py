@@ -168,7 +168,8 @@ CLAIMS = (
         MTP,
         "Part of what four tokens bring lasts over several epochs",
         "7B, four epochs: MBPP pass@1 43.1 in place of 40.7 %, HumanEval 31.6 and 31.7 % (table 1)",
-        "python -m benchmarks.science study=epochs",
+        "python -m benchmarks.science study=epochs "
+        '\'words=["model.dim=64","train.steps=480","train.batch_size=4","train.eval_every=160"]\'',
         "science_epochs",
         over_baseline(2, 4),
         lambda v: helps(v, 4),
@@ -234,7 +235,8 @@ CLAIMS = (
         "A reverse curriculum costs the next token less than the plain sum",
         "1.3B, perplexity of MiniPile: 47 of the next token alone, 57 of the sum, 57 forward, 50 "
         "reverse (Aynetdinov & Akbik 2025, arXiv 2505.22757)",
-        "python -m benchmarks.science study=weights",
+        "python -m benchmarks.science study=weights 'budgets=[\"parameters\"]' "
+        '\'words=["model.dim=64","train.steps=300","train.batch_size=4","train.eval_every=100"]\'',
         "science_weights",
         over_baseline("sum", "forward", "reverse"),
         lambda v: costs_less_than(v, "reverse", "sum"),

@@ -111,7 +111,7 @@ def _value(text: str, hint: Any, key: str) -> Any:
     try:
         return _as(hint, json.loads(text.lower() if text in ("True", "False") else text))
     except ValueError:
-        wanted = hint if get_args(hint) else hint.__name__
+        wanted = f"{hint}, as JSON" if get_args(hint) else hint.__name__
         raise SystemExit(f"error: {key}={text!r} is no value of type {wanted}") from None
 
 
@@ -139,6 +139,8 @@ def launch(kind: type[T], run: Callable[[T], Any]) -> None:
     except (ValueError, OSError, ImportError) as error:
         said = str(error).replace("\n", " ")
         raise SystemExit(f"error: {said}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
 
 
 def quicken(config: Any, smaller: Mapping[str, Any]) -> None:

@@ -283,7 +283,7 @@ def _one_part(config: DataConfig, held_out: bool) -> Iterator[Document]:
         path, split = config.val_path or config.path, config.val_split or config.split
         config = replace(config, path=path, split=split)
     groups: set[str] = set()
-    empty = True
+    seen = kept = 0
     documents = SOURCES[config.source](config)
     first = list(islice(documents, 2))
     if len(first) == 1 and config.share < 1 and not held_out:
@@ -295,23 +295,23 @@ def _one_part(config: DataConfig, held_out: bool) -> Iterator[Document]:
         if not separate and not config.holdout:  # one book: its end is held out
             first, separate = [_part(first[0], config.val_fraction, held_out)], True
     for document in chain(first, documents):
-        groups |= _groups(document)
+        groups, seen = groups | _groups(document), seen + 1
         if not document.text or not (separate or is_held_out(document, config) == held_out):
             continue
         if held_out or _drawn(document, 1) < config.share:
-            empty = False
+            kept += 1
             yield document
     if unknown := sorted(set(config.holdout) - groups):
         raise ValueError(
             f"data.holdout: no top-level package or file is called {unknown}; for text of your own "
             f"say data.holdout=[], and data.val_fraction for a share to hold out"
         )
-    if empty:
+    if not kept:
         part = "validation" if held_out else "training"
         raise ValueError(
-            f"data.source={config.source!r}, path {config.path}: no {part} documents; held out are "
-            "those of data.val_path, data.val_split, data.holdout or data.val_fraction; "
-            f"data.share={config.share} of the others are for training"
+            f"data.source={config.source!r}, path {config.path}: no {part} documents among {seen}; "
+            "held out are those of data.val_path, data.val_split, data.holdout or "
+            f"data.val_fraction; data.share={config.share} of the others are for training"
         )
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def console(progress: Progress) -> None:
     left = progress.seconds_left
     line = f"step {progress.step:>6} ({progress.done:4.0%})  {_losses(m)}"
     speed = f"{m['tokens_per_second']:,.0f} tokens/s"
-    log.info("%s  %s  %d:%02d left", line, speed, left // 60, left % 60)
+    log.info("%s  %s  %s left", line, speed, timedelta(seconds=int(left)))
     if "val_loss_1" in m:
         bits = [f"{m[k]:.2f}" for k in m if k.startswith("val_bits_per_byte_")]
         right = f", {m['val_accuracy']:.1%} of answers right" if "val_accuracy" in m else ""

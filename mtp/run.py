@@ -142,6 +142,9 @@ def _run(config: RunConfig, device: torch.device, hooks: Sequence[Hook]) -> Prog
     loss_fn = objective.loss(config, tokenizer, model_config)
     expected = estimate(model_config, config.train, config.data.seq_len)
     _info("%s", describe(expected))
+    if config.train.steps <= (warmup := config.train.optim.warmup_steps):
+        said = "train.steps=%d end within train.optim.warmup_steps=%d: little is learned"
+        _info(said, config.train.steps, warmup)
     if config.dry_run:
         return None
     source = from_rank_zero(lambda: open_run_dir(run_dir, config.resume, expected["disk_bytes"]))
@@ -214,7 +217,7 @@ def train_in(
             stop=stop,
         )
     if progress.stopped:
-        said = "stopped after step %d, saved; the same command goes on with resume=true"
+        said = "stopped after step %d, saved; the same command goes on with resume=auto"
         _info(said, progress.step)
     return progress
 

@@ -250,6 +250,8 @@ def _of_transformers(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library knows no other
+        if Path(folder).is_dir() and not any(Path(folder).glob("*token*")):
+            raise ValueError(f"{folder} holds no tokenizer, such as tokenizer.json") from error
         raise ValueError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 

@@ -750,7 +750,7 @@ def test_missing_and_empty_sources_are_refused_by_name(tmp_path, source):
 def test_an_empty_validation_part_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("only one document")
     config = DataConfig("text", str(tmp_path), val_fraction=0.0)
-    with pytest.raises(ValueError, match="no validation documents.*data.val_fraction"):
+    with pytest.raises(ValueError, match="no validation documents among .*data.val_fraction"):
         load_corpora(config, BYTES)
 
 

@@ -75,6 +75,10 @@ def test_a_folder_without_a_readable_one_is_named(theirs):
     (theirs / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match="theirs: its tokenizer cannot be read"):
         load_tokenizer(theirs)
+    for file in theirs.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="theirs holds no tokenizer, such as tokenizer.json"):
+        HuggingFaceTokenizer(theirs)
 
 
 def test_a_tokenizer_without_an_end_is_refused(theirs):
