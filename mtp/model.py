@@ -78,9 +78,12 @@ class ModelConfig:
         for key in ("norm_eps", "rope_theta"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be above 0")
-        if self.rope_scaling is not None and {*self.rope_scaling} != {*ROPE_SCALING}:
+        if self.hidden_dim is not None and self.hidden_dim < 1:
+            raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1, or null")
+        scaling = self.rope_scaling
+        if scaling is not None and ({*scaling} != {*ROPE_SCALING} or min(scaling.values()) <= 0):
             raise ValueError(
-                f"rope_scaling={self.rope_scaling} must give {', '.join(ROPE_SCALING)}, or be null"
+                f"rope_scaling={scaling} must give {', '.join(ROPE_SCALING)} above 0, or be null"
             )
         for key, allowed in (("head", tuple(HEADS)), ("unembedding", UNEMBEDDINGS)):
             if getattr(self, key) not in allowed:

@@ -13,7 +13,7 @@ from mtp.decode.sampling import Sampling
 from mtp.documents import DataConfig
 from mtp.estimate import estimate
 from mtp.loss import MultiTokenLoss
-from mtp.model import ModelConfig, Transformer
+from mtp.model import ROPE_SCALING, ModelConfig, Transformer
 from mtp.optim import OptimConfig
 from mtp.run import RunConfig, run
 from mtp.tasks.table import TASKS
@@ -239,6 +239,12 @@ def test_sizes_do_not_depend_on_the_number_of_future_tokens(name):
         *(
             (OptimConfig, {key: -1}, f"optim.{key}=-1 must be at least 0")
             for key in ("weight_decay", "warmup_steps", "final_lr_ratio")
+        ),
+        (ModelConfig, {"hidden_dim": -8}, "hidden_dim=-8 must be at least 1, or null"),
+        (
+            ModelConfig,
+            {"rope_scaling": dict.fromkeys(ROPE_SCALING, 1.0) | {"factor": 0.0}},
+            "rope_scaling={'factor': 0.0",
         ),
         (ModelConfig, {"head": "x"}, "head='x' is unknown: allowed are transformer, linear"),
         (ModelConfig, {"unembedding": "x"}, "unembedding='x' is unknown: allowed are shared"),
