@@ -34,7 +34,7 @@ def decoders_markdown(record: Mapping[str, Any]) -> str:
         f"are of batch 1 and {config['batch']}; identical: what plain decoding wrote, too; "
         "on text is teacher-forced. A lower perplexity of a lossy row is no better text.\n"
         + ROUNDING * (config["precision"] != "float32")
-        + _written(values.get("written", {}))  # none in records of before
+        + _written(values["written"])
         + f"\nNot measured:\n{missing}\n" * bool(missing)
         + f"\n{record['date']}, {record['hardware']}, `{record['command']}`\n"
     )
