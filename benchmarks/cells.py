@@ -17,6 +17,7 @@ from mtp.files import write_text
 
 Values = dict[str, Any]
 RECORD = "cell.json"
+STOPPED = "stopped: the same command goes on from here"
 
 
 def as_words(values: Values) -> list[str]:
@@ -33,7 +34,7 @@ def call(script: str, *words: str, capture: bool = False) -> str:
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=pipe, text=True)
     except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command goes on from here") from None
+        raise SystemExit(STOPPED) from None
     if done.returncode:
         raise SystemExit(f"error: the run ended with status {done.returncode}: {' '.join(words)}")
     return done.stdout if capture else ""

@@ -48,7 +48,7 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.cells import Values, pieces_word
+from benchmarks.cells import STOPPED, Values, pieces_word
 from benchmarks.intervals import choice_panels
 from benchmarks.pictures import drawn
 from benchmarks.record import ROOT, launch, record
@@ -359,4 +359,4 @@ def run(config: ChooseConfig) -> Values:
 
 
 if __name__ == "__main__":
-    launch(ChooseConfig, run)
+    launch(ChooseConfig, run, STOPPED)

@@ -35,6 +35,7 @@ if not __package__:  # run by its path: this folder's code.py must not hide Pyth
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import mtp
+from benchmarks.cells import STOPPED
 from benchmarks.code_report import figures, markdown
 from benchmarks.code_samples import Cell, Progress, draw
 from benchmarks.pictures import drawn, pass_panels
@@ -270,7 +271,4 @@ def write(cells: list[Cell], values: dict[str, Any], config: CodeConfig) -> None
 
 
 if __name__ == "__main__":
-    try:
-        launch(CodeConfig, run)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command goes on from here") from None
+    launch(CodeConfig, run, STOPPED)

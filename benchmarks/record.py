@@ -129,9 +129,10 @@ def _as(hint: Any, value: Any) -> Any:
     return [_as(inner, each) for each in value]
 
 
-def launch(kind: type[T], run: Callable[[T], Any]) -> None:
+def launch(kind: type[T], run: Callable[[T], Any], stopped: str = "stopped") -> None:
     """What `python -m benchmarks.NAME` does: the last line is what `run` makes of the words, as
     JSON. What the library tells of its progress goes to stderr; what goes wrong ends in one line.
+    stopped: what Ctrl-C ends in.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -140,7 +141,7 @@ def launch(kind: type[T], run: Callable[[T], Any]) -> None:
         said = str(error).replace("\n", " ")
         raise SystemExit(f"error: {said}") from error
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        raise SystemExit(stopped) from None
 
 
 def quicken(config: Any, smaller: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 
 import mtp
-from benchmarks.cells import Values, as_words, call, kept
+from benchmarks.cells import STOPPED, Values, as_words, call, kept
 from benchmarks.intervals import interval_panels
 from benchmarks.pictures import drawn
 from benchmarks.record import launch, quicken, record
@@ -359,4 +359,4 @@ def run(config: RetrofitConfig) -> Values:
 
 
 if __name__ == "__main__":
-    launch(RetrofitConfig, run)
+    launch(RetrofitConfig, run, STOPPED)

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mtp
-from benchmarks.cells import RECORD, Values, as_words, call, kept, pieces_word
+from benchmarks.cells import RECORD, STOPPED, Values, as_words, call, kept, pieces_word
 from benchmarks.pictures import drawn, study_panels
 from benchmarks.record import ROOT, launch, record
 from mtp.checkpoint import find, load_config
@@ -430,4 +430,4 @@ def run(config: ScienceConfig) -> Values:
 
 
 if __name__ == "__main__":
-    launch(ScienceConfig, run)
+    launch(ScienceConfig, run, STOPPED)

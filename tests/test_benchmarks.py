@@ -241,6 +241,12 @@ def test_a_benchmark_ends_with_its_line_or_with_what_was_wrong_in_one(monkeypatc
 
     with pytest.raises(SystemExit, match="^error: runs/x is missing$"):
         launch(Config, fail)
+
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^so far$"):
+        launch(Config, interrupted, "so far")
     monkeypatch.setattr(sys, "argv", ["x", "count=0"])
     with pytest.raises(SystemExit, match="^error: count=0: must be at least 1$"):
         launch(Config, fail)
